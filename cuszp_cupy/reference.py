@@ -1,6 +1,7 @@
-"""Encoder and decoder of both stream formats in NumPy, in the order of the specification (format.py).
+"""Encoder and decoder of both stream formats in NumPy, in the order of the spec (format.py).
 
-This is the oracle: plain, slow, the same bytes as the kernels. Numbers in comments are sections of format.py.
+This is the oracle: plain, slow, the same bytes as the kernels. Numbers in comments are sections of
+format.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .format import (
     rate_bytes,
 )
 
-# --- Stream cuszp -----------------------------------------------------------------------------------------
+# --- Stream cuszp ----------------------------------------------------------------------------------
 
 
 def compress(x: np.ndarray, eb: float, mode: str = "fixed") -> bytes:
@@ -29,7 +30,8 @@ def compress(x: np.ndarray, eb: float, mode: str = "fixed") -> bytes:
         mode: ``fixed``, ``plain`` or ``outlier``.
 
     Raises:
-        TypeError, ValueError: another dtype, an array that is not contiguous or too large, a bad ``eb`` or mode.
+        TypeError, ValueError: another dtype, an array that is not contiguous or too large, or a bad
+            ``eb`` or mode.
 
     >>> len(compress(np.zeros(5, np.float32), 0.1)), len(compress(np.ones(5, np.float32), 0.1))
     (1024, 1040)
@@ -78,16 +80,15 @@ def decompress(stream, n: int, dtype, eb: float, mode: str = "fixed") -> np.ndar
 
     Raises:
         TypeError, ValueError: a bad ``n``, dtype, ``eb`` or mode.
-        FormatError: a rate byte no encoder writes, or a stream whose length is not what its rate bytes say.
+        FormatError: a rate byte no encoder writes, or a stream whose length is not what its rate
+            bytes say.
     """
     dtype = _check_dtype(dtype)
     n, eb = _check_n(n), _check_eb(eb, dtype)
     check_mode(mode)
     data = np.frombuffer(stream, np.uint8) if memoryview(stream).nbytes else np.zeros(0, np.uint8)
     if data.size < rate_bytes(n):
-        raise FormatError(
-            f"stream: the rate area of {n} values has {rate_bytes(n)} bytes, got {data.size}"
-        )
+        raise FormatError(f"stream: the rate area of {n} values has {rate_bytes(n)} bytes, got {data.size}")
     area, payload = data[: rate_bytes(n)], data[rate_bytes(n) :]
     num_blocks = -(-n // BLOCK)
     rates = area[:num_blocks].astype(np.int32)
@@ -98,14 +99,10 @@ def decompress(stream, n: int, dtype, eb: float, mode: str = "fixed") -> np.ndar
         illegal &= (outlier_bytes == 0) | (k == 31)  # no form with 31 planes is smaller than 1.3
     for bad in (np.flatnonzero(illegal), num_blocks + np.flatnonzero(area[num_blocks:])):
         if bad.size:
-            raise FormatError(
-                f"rate byte {bad[0]}: {area[bad[0]]:#04x} is not valid in mode {mode!r}"
-            )
+            raise FormatError(f"rate byte {bad[0]}: {area[bad[0]]:#04x} is not valid in mode {mode!r}")
     stored = _stored(k, outlier_bytes)
     if payload.size != stored.sum():
-        raise FormatError(
-            f"payloads: the rate bytes say {stored.sum()} bytes, {payload.size} are there"
-        )
+        raise FormatError(f"payloads: the rate bytes say {stored.sum()} bytes, {payload.size} are there")
 
     rows = np.zeros(stored.shape, np.uint8)
     rows[stored] = payload
@@ -123,7 +120,7 @@ def decompress(stream, n: int, dtype, eb: float, mode: str = "fixed") -> np.ndar
 
 
 def _quantise(x: np.ndarray, eb) -> np.ndarray:
-    """Return the int32 bin numbers of 1.1. Whatever overflows is specified, so no warning is due."""
+    """Return the int32 bin numbers of 1.1. All overflow is specified, so no warning is due."""
     T = x.dtype.type
     limits = np.iinfo(np.int32)
     with np.errstate(all="ignore"):
@@ -150,7 +147,7 @@ def _bits(a: np.ndarray) -> np.ndarray:
 
 
 def _stored(k: np.ndarray, outlier_bytes: np.ndarray) -> np.ndarray:
-    """Return which bytes of the rows (a[0], signs, planes) are in the payload: bool (blocks, 8 + 4 max k)."""
+    """Return which bytes of the rows (a[0], signs, planes) are stored: (blocks, 8 + 4 max k) bool."""
     column = np.arange(8 + 4 * int(k.max(initial=0)))
     words = np.where((k > 0) | (outlier_bytes > 0), k + 1, 0)[:, None]
     return np.where(column < 4, column < outlier_bytes[:, None], column - 4 < 4 * words)
