@@ -1,0 +1,99 @@
+"""Every kernel compiles without a GPU, by NVRTC with the loader's own options, and keeps out of local memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+from importlib import metadata, resources
+
+import pytest
+
+from cuszp_cupy import raw
+from cuszp_cupy.raw import cuszp, kv
+
+# A100, H100, B200: the first and the last have instructions, and register pressure, that the middle has not.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+KERNELS = {**cuszp.KERNELS, **kv.KERNELS}
+FOLDER = resources.files(raw)
+SOURCES = sorted(path.name.removesuffix(".cu") for path in FOLDER.iterdir() if path.name.endswith(".cu"))
+
+
+@functools.cache
+def load_nvrtc() -> ctypes.CDLL:
+    """Load NVRTC from the package nvidia-cuda-nvrtc; skip where it is missing, but fail in CI."""
+    try:
+        files = metadata.files("nvidia-cuda-nvrtc")
+    except metadata.PackageNotFoundError:
+        reason = "nvidia-cuda-nvrtc is not installed; pip install -e '.[test]'"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    # The builtins come first: NVRTC looks for them by name only, and would not find them in site-packages.
+    libraries = {file.name.split(".")[0]: file.locate() for file in files if "libnvrtc" in file.name}
+    ctypes.CDLL(str(libraries["libnvrtc-builtins"]), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(libraries["libnvrtc"]))
+
+
+def compile_kernel(text: str, expression: str, architecture: str) -> tuple[int, str]:
+    """Compile one kernel to machine code; return NVRTC's status (0: success) and its log with ptxas -v."""
+    nvrtc, program = load_nvrtc(), ctypes.c_void_p()
+    options = [*raw.OPTIONS, f"-arch={architecture}", "--ptxas-options=-v"]
+    options = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), None, 0, None, None) == 0
+    try:
+        assert nvrtc.nvrtcAddNameExpression(program, expression.encode()) == 0
+        status = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        size = ctypes.c_size_t()
+        assert nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0
+        log = ctypes.create_string_buffer(size.value)
+        assert nvrtc.nvrtcGetProgramLog(program, log) == 0
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return status, log.value.decode()
+
+
+def assert_registers_suffice(log: str) -> None:
+    """Assert that ptxas reports functions, and no stack frame and no spill in any of them."""
+    functions = re.findall(r"\d+ bytes stack frame, .*", log)
+    assert functions, f"no function in the log of ptxas:\n{log}"
+    for function in functions:
+        assert set(re.findall(r"\d+", function)) == {"0"}, f"{function}\n{log}"
+
+
+def test_assert_registers_suffice_fails_on_stack_spills_and_silence():
+    clean = "ptxas . 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert_registers_suffice(clean)
+    for log in ("", clean.replace("0 bytes stack", "8 bytes stack"), f"{clean}\n{clean.replace(' 0 ', ' 16 ')}"):
+        with pytest.raises(AssertionError):
+            assert_registers_suffice(log)
+
+
+def test_every_source_is_listed():
+    assert sorted(KERNELS) == SOURCES
+    assert all(KERNELS.values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "expression"), [(name, expression) for name in KERNELS for expression in KERNELS[name]]
+)
+def test_kernel_compiles(name, expression, architecture):
+    status, log = compile_kernel(raw.source(name), expression, architecture)
+    assert status == 0, log
+    assert "warning" not in log
+    assert_registers_suffice(log)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_errors_name_the_source_file_and_line(name):
+    text = (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+    included = re.findall(r'^#include "(.*)"', text, re.MULTILINE)
+    for filename, line in [(f"{name}.cu", len(text.splitlines()) + 1), *((header, 1) for header in included)]:
+        # The mistake is the last line of the .cu file, behind all it includes, or the first line of a header.
+        marker = f'#line 1 "{FOLDER / filename}"\n'
+        head, found, tail = raw.source(name).partition(marker)
+        assert found
+        broken = f"{head}{marker}{tail}\nmistake;" if line > 1 else f"{head}{marker}mistake;\n{tail}"
+        status, log = compile_kernel(broken, KERNELS[name][0], "sm_90")
+        assert status != 0
+        assert f"{filename}({line}): error: this declaration has no storage class or type specifier" in log
