@@ -1,0 +1,1 @@
+"""What ``bench.py`` runs: sample data, timing, the measurements and their tables. Imports without CuPy."""
