@@ -56,8 +56,10 @@ def assert_registers_suffice(log: str) -> None:
     """Assert that ptxas reports functions, and no stack frame and no spill in any of them."""
     functions = re.findall(r"\d+ bytes stack frame, .*", log)
     assert functions, f"no function in the log of ptxas:\n{log}"
-    for function in functions:
-        assert set(re.findall(r"\d+", function)) == {"0"}, f"{function}\n{log}"
+    bad = [function for function in functions if set(re.findall(r"\d+", function)) != {"0"}]
+    if bad:
+        used = re.findall(r"Used \d+ registers", log)
+        raise AssertionError(f"local memory in use: {'; '.join(bad)} ({', '.join(used)})")
 
 
 def test_assert_registers_suffice_fails_on_stack_spills_and_silence():
