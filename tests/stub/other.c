@@ -1,0 +1,2 @@
+/* A shared library that has nothing to do with libcuSZp. */
+int answer(void) { return 42; }
