@@ -454,7 +454,7 @@ def test_size_defect_is_handled(real):
     out, d_x = cupy.empty(format.max_stream_bytes(1000), cupy.uint8), cupy.asarray(x)
     assert library.compress(d_x.data.ptr, 1000, "float32", 1e-3, "fixed", out.data.ptr, out.nbytes) == 1024
     stream = library_compress(x, 1e-3, "fixed")
-    assert len(stream) > 3000 and stream == reference.compress(x, 1e-3, "fixed")
+    assert len(stream) > 2000 and stream == reference.compress(x, 1e-3, "fixed")
 
 
 @pytest.mark.gpu
