@@ -115,7 +115,7 @@ non-finite values and -0.0 come back bit for bit.
           apart by fused multiply-add from 0, the two sums then added; non-finite values are left out.
           2^E > max t >= 2^(E-1);  S = sum of trunc(t 2^(20-E)).
           If max t < 2^-100 or a t overflows, the page is coded ``raw``.
-    A part whose finite values are all zero has s = 0.
+    Under rel and rms, a part whose finite values are all zero has s = 0.
 
 2.8 Pages seen before (rel and rms). Decoded pages come back and are stored again; their rms or range may
     have moved a little. So, among the steps s+4, s+3, ..., s-4 in this order, the encoder takes the first one
@@ -190,18 +190,18 @@ def check_coding(coding: str) -> str:
 
 
 # --- stream kv: steps -------------------------------------------------------------------------------------
-def step_number(two_eb: float, squared: bool = False) -> int:
-    """Return the step number for twice the error bound (2.7), or for its square.
+def step_number(two_eb: float, exponent: int = 0, squared: bool = False) -> int:
+    """Return the step number (2.7) for ``two_eb 2^exponent``, twice the error bound, or for its square.
 
-    The result may lie outside +-STEP_LIMIT; ``two_eb`` must be positive and finite.
+    The result may lie outside +-STEP_LIMIT. ``two_eb`` must be positive; infinity gives a large number.
     """
-    k = math.frexp(two_eb)[1] - 1
-    if squared:
-        k //= 2
-        ratio = math.ldexp(two_eb, -2 * k)
-        return 4 * k + sum(ratio >= f * f for f in STEP_THRESHOLDS)
-    ratio = math.ldexp(two_eb, -k)
-    return 4 * k + sum(ratio >= f for f in STEP_THRESHOLDS)
+    if two_eb == math.inf:
+        return 4 * STEP_LIMIT
+    mantissa, e = math.frexp(two_eb)
+    e += exponent - 1
+    k = e // 2 if squared else e
+    ratio = math.ldexp(2 * mantissa, e - 2 * k if squared else 0)
+    return 4 * k + sum(ratio >= (f * f if squared else f) for f in STEP_THRESHOLDS)
 
 
 def step_parts(s: int) -> tuple[int, int]:

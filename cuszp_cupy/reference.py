@@ -6,17 +6,34 @@ format.py.
 
 from __future__ import annotations
 
+import math
 import numbers
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 
+from .bound import parse_parts
 from .format import (
     BLOCK,
+    CODE_WORDS,
+    DTYPES,
+    HEADER_BYTES,
+    MAX_MAGNITUDE,
     MAX_VALUES,
+    STEP_LIMIT,
+    TILE_TOKENS,
     FormatError,
+    Geometry,
+    PageHeader,
+    check_coding,
     check_mode,
+    checksum,
     rate_bytes,
+    step_number,
 )
+
+_NUMPY_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # --- Stream cuszp ----------------------------------------------------------------------------------
 
@@ -177,3 +194,251 @@ def _check_eb(eb: float, dtype: np.dtype):
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"eb: expected a bound that is positive and finite in {dtype}, got {eb!r}")
     return value
+
+
+# --- Stream kv -------------------------------------------------------------------------------------
+def encode_page(
+    page: np.ndarray, bound="rms:0.05", coding: str = "fixed", *, geometry: Geometry | None = None
+) -> bytes:
+    """Return ``page`` as a self-describing blob: 32 bytes of metadata, then the payload.
+
+    Args:
+        page: (tokens, channels) float16 or ml_dtypes.bfloat16; any shape of the right size if ``geometry``
+            is given.
+        bound: a Bound or its text, for every part; or a pair, for K and V (``cuszp_cupy.bound``).
+        coding: ``fixed`` (``raw`` where that is not larger), or ``raw``.
+        geometry: where K and V lie; one part of (tokens, channels) when None.
+
+    Raises:
+        TypeError: another dtype.    ValueError: an unknown coding or bound, or a page that does not fit.
+
+    >>> import numpy as np
+    >>> page = np.linspace(-1, 1, 16 * 64).astype(np.float16).reshape(16, 64)
+    >>> blob = encode_page(page, "abs:0.01")
+    >>> len(blob), bool(abs(decode_page(blob) - page).max() <= 0.01)
+    (996, True)
+    """
+    page = np.asarray(page)
+    dtype = check_page_dtype(page.dtype)
+    check_coding(coding)
+    geometry = page_geometry(page.shape, geometry)
+    bounds = parse_parts(bound, len(geometry.part_values))
+    bits = np.ascontiguousarray(page).view(np.uint16).ravel()
+    steps, payload = None, None
+    if coding == "fixed":
+        steps = _steps(_groups(bits, geometry), dtype, geometry, bounds)
+    if steps is not None:
+        payload = _encode_fixed(_groups(bits, geometry), dtype, geometry, steps)
+    if payload is None or len(payload) >= geometry.nbytes:
+        coding, steps, payload = "raw", (), bits.tobytes()
+    steps = (*steps, 0, 0)[:2]
+    header = PageHeader(dtype, geometry, coding, steps, len(payload), 0)
+    header = replace(header, checksum=checksum(header.pack(), payload))
+    return header.pack() + payload
+
+
+def decode_page(blob) -> np.ndarray:
+    """Return the page of ``blob``, in the shape of its geometry.
+
+    Raises:
+        FormatError: a blob that is truncated, altered, or of another version.
+    """
+    header = PageHeader.parse(blob)
+    payload = bytes(memoryview(blob).cast("B")[HEADER_BYTES:])
+    if checksum(header.pack(), payload) != header.checksum:
+        raise FormatError("checksum: the blob was altered after it was written")
+    geometry = header.geometry
+    if header.coding == "raw":
+        bits = np.frombuffer(payload, np.uint16).copy()
+    else:
+        bits = _ungroup(_decode_fixed(payload, header.dtype, geometry, header.steps), geometry)
+    return bits.view(_NUMPY_DTYPES[header.dtype]).reshape(geometry.shape)
+
+
+def check_page_dtype(dtype) -> str:
+    """Return the name of ``dtype`` if pages may have it; else raise TypeError."""
+    name = np.dtype(dtype).name
+    if name not in DTYPES:
+        raise TypeError(f"page: expected float16 or bfloat16, got {name}; other types are not compressed")
+    return name
+
+
+def page_geometry(shape: tuple[int, ...], geometry: Geometry | None) -> Geometry:
+    """Return the geometry of a page of ``shape``: ``geometry`` if it fits, (tokens, channels) if None."""
+    if geometry is None:
+        if len(shape) != 2:
+            raise ValueError(f"page: expected the shape (tokens, channels), got {shape}; or pass a geometry")
+        return Geometry(*shape)
+    if math.prod(shape) != geometry.values:
+        raise ValueError(f"page: the geometry has {geometry.values} values, the page {shape}")
+    return geometry
+
+
+# Groups are (groups, 16 pairs, 2) arrays here; "planes" are (groups, 16) words.
+
+
+def _groups(bits: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """2.4: 'a group is 16 tokens x 2 neighbouring channels ... Else (flat): 32 values in memory order'."""
+    if geometry.flat:
+        return np.append(bits, np.zeros(-bits.size % BLOCK, np.uint16)).reshape(-1, 16, 2)
+    tiles = bits.reshape(-1, TILE_TOKENS, geometry.channels // 2, 2)
+    return tiles.transpose(0, 2, 1, 3).reshape(-1, 16, 2)
+
+
+def _ungroup(groups: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """The inverse of ``_groups``."""
+    if geometry.flat:
+        return groups.ravel()[: geometry.values]
+    tiles = groups.reshape(-1, geometry.channels // 2, TILE_TOKENS, 2)
+    return tiles.transpose(0, 2, 1, 3).ravel()
+
+
+def _part_of_group(geometry: Geometry) -> np.ndarray:
+    """The part (0 or 1) of each group."""
+    group = np.arange(geometry.groups)
+    if geometry.parts is None:
+        return np.zeros_like(group)
+    channel = group * BLOCK if geometry.flat else group % (geometry.channels // 2) * 2
+    return (channel % sum(geometry.parts) >= geometry.parts[0]).astype(np.intp)
+
+
+def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # signalling NaNs are data here
+        return bits.view(_NUMPY_DTYPES[dtype]).astype(np.float32)
+
+
+def _steps(groups, dtype, geometry, bounds) -> tuple[int, ...] | None:
+    """2.7 and 2.8: one step number a part, or None where the page must be raw."""
+    part_of_group = _part_of_group(geometry)
+    steps = []
+    for part, (bound, n) in enumerate(zip(bounds, geometry.part_values, strict=True)):
+        x = _floats(groups[part_of_group == part], dtype)
+        x_finite = np.where(np.isfinite(x), x, np.float32(0))
+        if bound.kind != "abs" and not x_finite.any():
+            steps.append(0)
+            continue
+        s = _step_for(bound, n, x, x_finite)
+        if s is None or s < -STEP_LIMIT:
+            return None
+        s = min(s, STEP_LIMIT)
+        steps.append(s if bound.kind == "abs" else _step_seen_before(x, s))
+    return tuple(steps)
+
+
+def _step_for(bound, n, x, x_finite) -> int | None:
+    """2.7: the step number, unlimited; None if the statistic is out of float32's range."""
+    if bound.kind == "abs":
+        return step_number(2 * bound.value)
+    if bound.kind == "rel":
+        finite = x[np.isfinite(x)].astype(np.float64)
+        two_eb = 2 * bound.value * (finite.max() - finite.min())
+        return step_number(two_eb) if two_eb > 0 else None
+    # "pairs in order, first and second values each summed apart by fused multiply-add from 0"; squares of
+    # 16-bit floats are exact in float32 unless they leave its range, so the fused result is the rounded sum
+    # of the exact square, which float64 holds, too.
+    sums = np.zeros((x.shape[0], 2), np.float32)
+    with np.errstate(over="ignore"):
+        for pair in range(16):
+            square = x_finite[:, pair].astype(np.float64) ** 2
+            sums = (sums.astype(np.float64) + square).astype(np.float32)
+        t = sums[:, 0] + sums[:, 1]
+    if not np.isfinite(t).all() or t.max() < 2.0**-100:
+        return None
+    exponent = math.frexp(t.max())[1]
+    total = int(np.trunc(np.ldexp(t.astype(np.float64), 20 - exponent)).astype(np.int64).sum())
+    return step_number(4 * bound.value * bound.value / n * total, exponent - 20, squared=True)
+
+
+def _step_seen_before(x: np.ndarray, s: int) -> int:
+    """2.8: 'the first one on whose grid each group of the part lies'; else s."""
+    with np.errstate(invalid="ignore"):
+        magnitude = np.abs(x.astype(np.float64))
+    for candidate in range(s + 4, s - 5, -1):
+        if abs(candidate) > STEP_LIMIT:
+            continue
+        q, escaped = _quantise(x, candidate)
+        on_grid = (_grid(q, candidate) == magnitude).all(axis=(1, 2))
+        if (on_grid | escaped).all():
+            return candidate
+    return s
+
+
+def _quantise(x: np.ndarray, s) -> tuple[np.ndarray, np.ndarray]:
+    """2.6: magnitudes q (float64), and whether a group needs width code 15."""
+    k, m = _km(s)
+    with np.errstate(invalid="ignore"):
+        magnitude = np.abs(x.astype(np.float64))
+        inverse = (1 / np.ldexp(m, k - 2)).astype(np.float32).astype(np.float64)
+        q = np.maximum(np.rint(magnitude * inverse), np.rint(np.ldexp(magnitude, -k) - 8.0 * (m - 4)))
+    escaped = ~(q < MAX_MAGNITUDE).all(axis=(1, 2))
+    return q, escaped
+
+
+def _grid(q: np.ndarray, s) -> np.ndarray:
+    """2.3: y(q), before the limit to the largest finite value."""
+    k, m = _km(s)
+    return np.ldexp(np.minimum(q * m, 4 * q + 32.0 * (m - 4)), k - 2)
+
+
+def _km(s):
+    """(k, m) as arrays that broadcast against (groups, 16, 2); s is a number or one number a group."""
+    s = np.asarray(s)
+    s = s.reshape(s.shape + (1, 1)) if s.ndim else s
+    return s // 4, (s % 4 + 4).astype(np.float64)
+
+
+def _planes(v: np.ndarray) -> np.ndarray:
+    """(groups, 16 pairs, 2) 16-bit patterns -> (groups, 16) plane words: 'bit i: first value of pair i'."""
+    position = np.arange(16, dtype=np.uint32)[:, None] + np.array([0, 16], np.uint32)
+    planes = [((v.astype(np.uint32) >> np.uint32(p) & 1) << position).sum(axis=(1, 2)) for p in range(16)]
+    return np.stack(planes, axis=1).astype(np.uint32)
+
+
+def _unplanes(planes: np.ndarray) -> np.ndarray:
+    """The inverse of ``_planes``."""
+    position = np.arange(16, dtype=np.uint32)[:, None] + np.array([0, 16], np.uint32)
+    v = np.zeros((planes.shape[0], 16, 2), np.uint16)
+    for p in range(16):
+        v |= ((planes[:, p, None, None] >> position & 1) << np.uint32(p)).astype(np.uint16)
+    return v
+
+
+def _encode_fixed(groups, dtype, geometry, steps) -> bytes:
+    """2.5."""
+    q, escaped = _quantise(_floats(groups, dtype), np.asarray(steps)[_part_of_group(geometry)])
+    q = np.where(escaped[:, None, None], 0, q).astype(np.uint16)
+    magnitude_bits = np.frexp(q.max(axis=(1, 2)).astype(np.float64))[1]
+    nothing = (q == 0).all(axis=(1, 2)) & (groups != 0x8000).all(axis=(1, 2))
+    code = np.where(escaped, 15, np.where(nothing, 0, magnitude_bits + 1))
+    planes = _planes(np.where(escaped[:, None, None], groups, q | groups & 0x8000))
+    # "then the plane of sign bits": plane 15 moves to word b = code - 1
+    regular = np.flatnonzero((code > 0) & (code < 15))
+    planes[regular, code[regular] - 1] = planes[regular, 15]
+    nibbles = np.zeros(2 * geometry.code_bytes, np.uint8)
+    nibbles[: code.size] = code
+    words = planes[np.arange(16) < CODE_WORDS[code][:, None]]
+    return (nibbles[::2] | nibbles[1::2] << 4).tobytes() + words.astype("<u4").tobytes()
+
+
+def _decode_fixed(payload, dtype, geometry, steps) -> np.ndarray:
+    """2.5 read backwards: (groups, 16, 2) storage bits."""
+    packed = np.frombuffer(payload, np.uint8, geometry.code_bytes)
+    nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel()
+    code = nibbles[: geometry.groups].astype(np.intp)
+    if nibbles[geometry.groups :].any():
+        raise FormatError("width codes: the padding is not zero")
+    words = np.frombuffer(payload, "<u4", offset=geometry.code_bytes)
+    present = np.arange(16) < CODE_WORDS[code][:, None]
+    if words.size != present.sum():
+        raise FormatError(f"width codes: they ask for {present.sum()} words, {words.size} are there")
+    planes = np.zeros((code.size, 16), np.uint32)
+    planes[present] = words
+    regular = np.flatnonzero((code > 0) & (code < 15))
+    planes[regular, 15] = planes[regular, code[regular] - 1]
+    planes[regular, code[regular] - 1] = 0
+    v = _unplanes(planes)
+    y = _grid((v & 0x7FFF).astype(np.float64), np.asarray(steps)[_part_of_group(geometry)])
+    numpy_dtype = _NUMPY_DTYPES[dtype]
+    y = np.minimum(y, float(ml_dtypes.finfo(numpy_dtype).max)).astype(np.float32).astype(numpy_dtype)
+    bits = y.view(np.uint16) | v & 0x8000
+    return np.where((code == 15)[:, None, None], v, bits)

@@ -1,0 +1,155 @@
+"""Launches of the ``kv`` kernels: device pointers in, one launch a batch, on CuPy's current stream.
+
+No allocation, no host synchronisation, no policy. Arguments are asserted, not diagnosed: callers check.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+from ..bound import Bound
+from ..format import CODINGS, DTYPES, STEP_LIMIT, TILE_TOKENS, Geometry, step_number
+from . import kernel
+
+MAX_THREADS = 512  # as in kv_common.cuh; each thread takes two groups
+KERNELS = {
+    name: tuple(f"{name}<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false"))
+    for name in ("kv_encode", "kv_decode")
+}
+_KINDS = {"abs": 0, "rel": 1, "rms": 2}
+
+
+def encode(
+    pages_ptr: int,
+    payloads_ptr: int,
+    rows_ptr: int,
+    num_pages: int,
+    dtype: str,
+    geometry: Geometry,
+    bounds: tuple[Bound, ...],
+    coding: str = "fixed",
+    *,
+    aligned: bool,
+    blocks: int | None = None,
+) -> None:
+    """Encode ``num_pages`` pages into slots that can each hold a raw page.
+
+    Args:
+        pages_ptr: device or mapped address of uint64[num_pages], the addresses of the pages.
+        payloads_ptr: likewise of the payloads; each 16-byte aligned, in device or mapped pinned memory.
+        rows_ptr: 16-byte aligned address of uint32[num_pages, 4], the table rows to write.
+        dtype: ``float16`` or ``bfloat16``.
+        bounds: one a part.
+        aligned: whether every page address is a multiple of 8.
+        blocks: thread blocks to use at most; one a page when None.
+    """
+    assert num_pages > 0 and rows_ptr % 16 == 0 and len(bounds) == len(geometry.part_values)
+    fast = aligned and _threads(geometry)[1] and not any(w % 4 for w in _widths(geometry))
+    parts = [_part(bound, n) for bound, n in zip(bounds, geometry.part_values, strict=True)]
+    kind, step, factor = zip(*(parts * 2)[:2], strict=True)
+    raw = coding == "raw" or any(k == 0 and s < -STEP_LIMIT for k, s, _ in parts)
+    _launch(
+        "kv_encode", dtype, fast, geometry, num_pages, blocks,
+        (
+            np.uint64(pages_ptr), np.uint64(payloads_ptr), np.uint64(rows_ptr), np.uint32(num_pages),
+            np.uint32(CODINGS.index("raw" if raw else coding)), *_geometry_arguments(geometry),
+            np.int32(kind[0]), np.int32(step[0]), np.float64(factor[0]),
+            np.int32(kind[1]), np.int32(step[1]), np.float64(factor[1]),
+        ),
+    )  # fmt: skip
+
+
+def decode(
+    payloads_ptr: int,
+    rows_ptr: int,
+    pages_ptr: int,
+    status_ptr: int,
+    num_pages: int,
+    dtype: str,
+    geometry: Geometry,
+    *,
+    aligned: bool,
+    blocks: int | None = None,
+) -> None:
+    """Decode ``num_pages`` pages; ``status`` (uint32[num_pages], device) becomes 0 where a page is good.
+
+    Args:
+        payloads_ptr, rows_ptr, pages_ptr, num_pages, dtype, geometry, blocks: as in ``encode``.
+        aligned: whether every page address is a multiple of 4.
+    """
+    assert num_pages > 0 and rows_ptr % 16 == 0
+    fast = aligned and _threads(geometry)[1] and not geometry.flat
+    _launch(
+        "kv_decode", dtype, fast, geometry, num_pages, blocks,
+        (
+            np.uint64(payloads_ptr), np.uint64(rows_ptr), np.uint64(pages_ptr), np.uint64(status_ptr),
+            np.uint32(num_pages), *_geometry_arguments(geometry),
+        ),
+    )  # fmt: skip
+
+
+def _launch(name, dtype, fast, geometry, num_pages, blocks, arguments) -> None:
+    threads = _threads(geometry)[0]
+    shared_bytes = 64 * 2 * threads + 16
+    _kernel(name, f"{name}<{dtype}, {'true' if fast else 'false'}>", _device())(
+        (min(num_pages, blocks or num_pages),), (threads,), arguments, shared_mem=shared_bytes
+    )
+
+
+@functools.cache
+def _kernel(name: str, expression: str, device: int):
+    function = kernel(name, expression)
+    function.max_dynamic_shared_size_bytes = 64 * 2 * MAX_THREADS + 16
+    return function
+
+
+def _device() -> int:
+    import cupy
+
+    return cupy.cuda.runtime.getDevice()
+
+
+@functools.lru_cache(1024)
+def _threads(geometry: Geometry) -> tuple[int, bool]:
+    """Threads of a block, and whether they cover a page."""
+    needed = -(-geometry.groups // 64) * 32
+    return min(needed, MAX_THREADS), needed <= MAX_THREADS
+
+
+def _widths(geometry: Geometry) -> tuple[int, ...]:
+    """Extents along which the two groups of a thread must not part (1: never, for flat pages)."""
+    return (1,) if geometry.flat else (geometry.channels, *(geometry.parts or ()))
+
+
+@functools.lru_cache(1024)
+def _geometry_arguments(geometry: Geometry) -> tuple[np.uint32, ...]:
+    channels, parts = geometry.channels, geometry.parts
+    kw, vw = parts or (0, 0)
+    flat = geometry.flat
+    numbers = (
+        geometry.groups,
+        1 if flat else channels // 2,
+        32 if flat else TILE_TOKENS * channels,
+        2 if flat else channels,
+        geometry.values,
+        sum(parts) if parts else channels,
+        parts[0] if parts else channels,
+        geometry.tokens,
+        channels,
+        kw | vw << 16,
+        geometry.outer,
+    )
+    return tuple(np.uint32(number) for number in numbers)
+
+
+@functools.lru_cache(1024)
+def _part(bound: Bound, n: int) -> tuple[int, int, float]:
+    """(kind, step number, factor) of 2.7 for the kernel."""
+    kind = _KINDS[bound.kind]
+    if bound.kind == "abs":
+        return kind, min(step_number(2 * bound.value), STEP_LIMIT), 0.0
+    factor = 2 * bound.value if bound.kind == "rel" else 4 * bound.value * bound.value / n
+    return kind, 0, min(factor, 2.0**1023) if math.isfinite(factor) else 2.0**1023

@@ -1,0 +1,162 @@
+// What kv_encode.cu and kv_decode.cu share: storage types, page geometry, checksum, 16 x 16 bit transpose,
+// block-wide sums. Section numbers are those of format.py.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define CODE_ESCAPE 15u      // 2.5: storage bits instead of magnitudes
+#define STEP_BIAS 512
+#define STEP_LIMIT 480
+#define CODING_RAW 0u
+#define CODING_FIXED 1u
+#define PAYLOAD_INDEX 8u     // 2.2: index of payload word 0
+#define MAX_THREADS 512
+#define MAX_WARPS 16
+#define FULL 0xffffffffu
+
+struct float16 {};
+struct bfloat16 {};
+
+// A word holds two storage values: lo = first, hi = second value of a pair. maximum keeps NaN. pack rounds to nearest even and
+// limits to the largest finite value (2.3); it takes magnitudes.
+template <typename T> struct Storage;
+
+template <> struct Storage<bfloat16> {
+    static constexpr u32 dtype = 1;
+    static __device__ float lo(u32 pair) { return __uint_as_float(pair << 16); }
+    static __device__ float hi(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+    static __device__ u32 maximum(u32 a, u32 b) {
+        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+        return a;
+    }
+    static __device__ u32 pack(float lo, float hi) {
+        u32 pair;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+        asm("min.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x7f7f7f7fu));
+        return pair;
+    }
+};
+
+template <> struct Storage<float16> {
+    static constexpr u32 dtype = 0;
+    static __device__ float lo(u32 pair) {
+        float x;
+        asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(pair));
+        return x;
+    }
+    static __device__ float hi(u32 pair) {
+        float x;
+        asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(pair));
+        return x;
+    }
+    static __device__ u32 maximum(u32 a, u32 b) {
+        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+        return a;
+    }
+    static __device__ u32 pack(float lo, float hi) {
+        u32 pair;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+        asm("min.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x7bff7bffu));
+        return pair;
+    }
+};
+
+// Where groups lie in a page (2.4), in values, and the header words that all pages of a batch share.
+struct Geometry {
+    u32 groups, groups_per_row, row_stride, pair_stride;  // flat: one group a row, strides 32 and 2
+    u32 values, period, kw;                               // one part: kw = period
+    u32 tokens, channels, widths, outer;                  // header words 2, 3, 4, 5
+
+    __device__ bool flat() const { return pair_stride == 2; }
+    __device__ u32 code_bytes() const { return (groups + 31) / 32 * 16; }
+    __device__ u32 offset(u32 group) const {
+        u32 row = group / groups_per_row;
+        return row * row_stride + 2 * (group - row * groups_per_row);
+    }
+    __device__ u32 part(u32 group) const {
+        if (kw == period) return 0;
+        u32 channel = flat() ? group * 32 : group % groups_per_row * 2;
+        return channel % period >= kw;
+    }
+};
+
+// The grid of a step number (2.3).
+struct Grid {
+    float step, pow2;
+
+    __device__ Grid() {}
+    __device__ explicit Grid(int s) {
+        int k = s >> 2;                                   // floor
+        pow2 = __uint_as_float((u32)(127 + k) << 23);
+        step = __fmul_rn((float)((s & 3) + 4), __uint_as_float((u32)(125 + k) << 23));
+    }
+    __device__ float point(float q) const {               // exact for every q an encoder emits
+        return fminf(__fmul_rn(q, step), __fmaf_rn(q, pow2, 32.0f * (step - pow2)));
+    }
+};
+
+// 2.2
+__device__ inline u32 mix(u32 word, u32 index) {
+    u32 h = word ^ index * 0x9E3779B1u;
+    h = (h ^ h >> 16) * 0x85EBCA6Bu;
+    return (h ^ h >> 13) * 0xC2B2AE35u;
+}
+
+__device__ inline u32 mix4(uint4 w, u32 index) {
+    return mix(w.x, index) + mix(w.y, index + 1) + mix(w.z, index + 2) + mix(w.w, index + 3);
+}
+
+template <typename T>
+__device__ u32 header_checksum(const Geometry& g, u32 word1, u32 payload_bytes) {
+    return mix('k' | 'v' << 8 | 1 << 16 | Storage<T>::dtype << 24, 0) + mix(word1, 1) + mix(g.tokens, 2) +
+           mix(g.channels, 3) + mix(g.widths, 4) + mix(g.outer, 5) + mix(payload_bytes, 6);
+}
+
+__device__ inline u32 code_words(u32 code) { return code + (code == CODE_ESCAPE); }
+
+// Transposes two 16 x 16 bit matrices at once, in the low and the high halves: afterwards bit i of half h of
+// r[p] is what bit p of half h of r[i] was. Its own inverse.
+__device__ inline void transpose(u32 (&r)[16]) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        u32 a = r[i], b = r[i + 8];
+        r[i] = __byte_perm(a, b, 0x6240);
+        r[i + 8] = __byte_perm(a, b, 0x7351);
+    }
+    #pragma unroll
+    for (int d = 4; d > 0; d >>= 1) {
+        const u32 m = d == 4 ? 0x0f0f0f0fu : d == 2 ? 0x33333333u : 0x55555555u;
+        #pragma unroll
+        for (int i = 0; i < 16; i++) {
+            if (i & d) continue;
+            u32 a = r[i], b = r[i + d];
+            r[i] = (a & m) | (b << d & ~m);
+            r[i + d] = (a >> d & m) | (b & ~m);
+        }
+    }
+}
+
+__device__ inline u32 warp_sum(u32 v) { return __reduce_add_sync(FULL, v); }
+
+// Exclusive prefix sum over the block, and its total. Two barriers' worth of care: `shared` must not be in use
+// by anybody before the call; it may be reused after the next barrier of the caller.
+__device__ inline u32 block_scan(u32 v, u32* shared, u32& total) {
+    const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    u32 inclusive = v;
+    #pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+        u32 below = __shfl_up_sync(FULL, inclusive, d);
+        if (lane >= d) inclusive += below;
+    }
+    if (lane == 31) shared[warp] = inclusive;
+    __syncthreads();
+    u32 sum = lane < warps ? shared[lane] : 0;
+    u32 before = warp_sum(lane < warp ? sum : 0);
+    total = warp_sum(sum);
+    return before + inclusive - v;
+}
+
+// Two values of memory that is only 2-byte aligned.
+__device__ inline u32 load_pair(const u16* p) { return p[0] | (u32)p[1] << 16; }

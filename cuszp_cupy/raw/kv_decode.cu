@@ -1,0 +1,219 @@
+// kv_decode: decodes a batch of independent pages, one thread block a page at a time, each thread two groups.
+//
+//   in   payloads[num_pages]  u64    addresses of the payloads, 16-byte aligned; device memory or mapped pinned
+//                                    host memory. Nothing is read past the payload bytes that the row tells
+//   in   rows[num_pages]      uint4  table rows (format.py 2.1); device or mapped pinned host memory
+//   out  pages[num_pages]     u64    addresses of the pages, 2-byte aligned (4 or 16: wide stores)
+//   out  status[num_pages]    u32    0: good. Else nothing of the page is to be used: 1 the row, 2 the width codes,
+//                                    4 the checksum (bits may add up)
+//   in   geometry
+//   FAST: token groups, pages 4-byte aligned, and the block's threads cover a page
+//   grid any (pages are taken in turn)     block  a multiple of 32 up to 512: two groups a thread; larger
+//        pages go in chunks     shared  64 bytes a group of a chunk + 16
+//
+// Guarantee: the page that reference.decode_page returns, for every row and payload an encoder writes. Whatever
+// row and payload hold, nothing outside the payload and the page is touched; a damaged page of one chunk is not
+// written at all. Format: section 2.
+#include "kv_common.cuh"
+
+#define BAD_ROW 1u
+#define BAD_CODES 2u
+#define BAD_CHECKSUM 4u
+
+struct Shared {
+    u32 codes[MAX_THREADS / 4];
+    u32 scan[MAX_WARPS], check[MAX_WARPS], bad[MAX_WARPS];
+};
+
+// Width code i of the chunk.
+__device__ inline u32 code_of(const Shared& shared, u32 i) { return ((const u8*)shared.codes)[i / 2] >> i % 2 * 4 & 15; }
+
+// Words [begin, begin + count) of a payload of `bytes` bytes to `image`, which starts at word begin rounded down
+// to a multiple of 4. A last word that an odd payload has only half of is filled with zeros. Returns this
+// thread's part of the checksum.
+__device__ inline u32 load_words(const u8* payload, u32 bytes, u32 begin, u32 count, uint4* image) {
+    const u32 end = begin + count, base = begin & ~3u, whole = min(end, bytes / 16 * 4);
+    const uint4* const from = (const uint4*)payload;
+    u32 check = 0;
+    for (u32 first = base + 4 * threadIdx.x; first < whole; first += 16 * blockDim.x) {
+        uint4 w[4];   // several loads under way at once
+        #pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            const u32 i = first + 4 * j * blockDim.x;
+            if (i < whole) w[j] = from[i / 4];
+        }
+        #pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            const u32 i = first + 4 * j * blockDim.x;
+            if (i >= whole) break;
+            image[(i - base) / 4] = w[j];
+            if (i >= begin && i + 4 <= end) {
+                check += mix4(w[j], PAYLOAD_INDEX + i);
+                continue;
+            }
+            const u32 word[4] = {w[j].x, w[j].y, w[j].z, w[j].w};
+            #pragma unroll
+            for (u32 l = 0; l < 4; l++) {
+                if (i + l >= begin && i + l < end) check += mix(word[l], PAYLOAD_INDEX + i + l);
+            }
+        }
+    }
+    const u32 i = max(whole, begin) + threadIdx.x;   // at most 3 words and a half
+    if (i < end) {
+        u32 word = *(const u16*)(payload + 4 * (u64)i);
+        if (4 * (u64)i + 4 <= bytes) word |= (u32) * (const u16*)(payload + 4 * (u64)i + 2) << 16;
+        ((u32*)image)[i - base] = word;
+        check += mix(word, PAYLOAD_INDEX + i);
+    }
+    return check;
+}
+
+// A group to the page.
+template <bool FAST>
+__device__ void store_group(u16* data, const Geometry& g, u32 group, const u32 (&pair)[16]) {
+    if constexpr (FAST) {
+        u32* p = (u32*)(data + g.offset(group));
+        const u32 stride = g.pair_stride / 2;
+        #pragma unroll
+        for (int i = 0; i < 16; i++, p += stride) *p = pair[i];
+    } else {
+        if (g.flat() && (u64)data % 16 == 0 && (group + 1) * 32 <= g.values) {
+            uint4* p = (uint4*)(data + group * 32);
+            #pragma unroll
+            for (int i = 0; i < 4; i++) p[i] = make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
+            return;
+        }
+        const u32 offset = g.offset(group);
+        #pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const u32 at = offset + i * g.pair_stride;
+            if (at < g.values) data[at] = (u16)pair[i];
+            if (at + 1 < g.values) data[at + 1] = (u16)(pair[i] >> 16);
+        }
+    }
+}
+
+// 2.3 and 2.5 for one group whose words lie at `words`.
+template <typename T>
+__device__ void dequantise(const u32* words, u32 code, int s, u32 (&pair)[16]) {
+    const u32 magnitudes = code == CODE_ESCAPE ? 15 : code - 1;
+    #pragma unroll
+    for (u32 p = 0; p < 15; p++) pair[p] = code && p < magnitudes ? words[p] : 0;
+    pair[15] = code ? words[magnitudes] : 0;
+    transpose(pair);
+    if (code == CODE_ESCAPE) return;
+    const Grid grid(s);
+    #pragma unroll
+    for (int i = 0; i < 16; i++) {
+        // an integer below 2^23 in the low bits of 2^23 is that float plus 2^23
+        const u32 q = pair[i] & 0x7fff7fffu;
+        const float x = __uint_as_float(__byte_perm(q, 0x4b000000u, 0x7410)) - 8388608.0f;
+        const float y = __uint_as_float(__byte_perm(q, 0x4b000000u, 0x7432)) - 8388608.0f;
+        pair[i] = Storage<T>::pack(grid.point(x), grid.point(y)) | (pair[i] & 0x80008000u);
+    }
+}
+
+template <typename T, bool FAST>
+__global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
+    const u64* __restrict__ payloads, const uint4* __restrict__ rows, const u64* __restrict__ pages,
+    u32* __restrict__ status, u32 num_pages,
+    u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
+    u32 tokens, u32 channels, u32 widths, u32 outer) {
+    extern __shared__ uint4 image4[];   // plane words of a chunk, from a multiple of 4 words on
+    u32* const image = (u32*)image4;
+    __shared__ Shared shared;
+    const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
+    const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const u32 chunks = FAST ? 1 : (groups + 2 * blockDim.x - 1) / (2 * blockDim.x);
+    const u32 first_word = g.code_bytes() / 4;
+
+    for (u32 index = blockIdx.x; index < num_pages; index += gridDim.x) {
+        const uint4 row = rows[index];
+        const u8* const payload = (const u8*)payloads[index];
+        u16* const page = (u16*)pages[index];
+        const int s0 = (int)(row.x & 1023) - STEP_BIAS, s1 = (int)(row.x >> 10 & 1023) - STEP_BIAS;
+        const u32 coding = row.x >> 20, bytes = row.y;
+        const bool raw = coding == CODING_RAW;
+        const bool row_good = raw ? bytes == 2 * values && s0 == 0 && s1 == 0
+                                  : coding == CODING_FIXED && bytes % 4 == 0 && bytes >= 4 * first_word &&
+                                        bytes < 2 * values && abs(s0) <= STEP_LIMIT &&
+                                        abs(s1) <= (kw == period ? 0 : STEP_LIMIT);
+        if (!row_good) {   // the same for all threads
+            if (tid == 0) status[index] = BAD_ROW;
+            continue;
+        }
+        const u32 all_words = (bytes + 3) / 4;
+        u32 check = tid == 0 ? header_checksum<T>(g, row.x, bytes) - row.z : 0;   // sums to 0 if all is well
+        u32 bad = 0, words = 0;
+        for (u32 chunk = 0; chunk < chunks; chunk++) {
+            const u32 first_group = 2 * chunk * blockDim.x;   // this thread's: first_group + tid, and + blockDim.x
+            const bool last = chunk + 1 == chunks;
+            u32 at = 0, words_before = 0;
+            if (raw) {
+                const u32 begin = chunk * blockDim.x * 32;
+                check += load_words(payload, bytes, begin, min(all_words - begin, blockDim.x * 32), image4);
+                __syncthreads();
+            } else {
+                const u32 code_words_here = min(blockDim.x, 4 * first_word - chunk * blockDim.x) / 4;
+                check += load_words(payload, bytes, chunk * blockDim.x / 4, code_words_here, (uint4*)shared.codes);
+                if (FAST) check += load_words(payload, bytes, first_word, all_words - first_word, image4);
+                __syncthreads();
+                u32 both = 0;   // words of the first group, and of the second in the upper half
+                #pragma unroll
+                for (u32 h = 0; h < 2; h++) {
+                    const u32 i = h * blockDim.x + tid;
+                    const u32 code = i < 8 * code_words_here ? code_of(shared, i) : 0;
+                    if (code && first_group + i >= groups) bad |= BAD_CODES;
+                    both |= code_words(code) << 16 * h;
+                }
+                u32 sums;
+                at = block_scan(both, shared.scan, sums);
+                words_before = sums & 0xffffu;
+                const u32 chunk_words = words_before + (sums >> 16);
+                const u32 start = first_word + words;
+                if (last ? start + chunk_words != all_words : start + chunk_words > all_words) {
+                    bad |= BAD_CODES;   // the same for all threads: nothing more is read
+                    break;
+                }
+                words_before += start & 3, at += start & 3;
+                if (!FAST) {
+                    check += load_words(payload, bytes, start, chunk_words, image4);
+                    __syncthreads();
+                }
+                words += chunk_words;
+            }
+            if (last) {   // the verdict, before the last chunk (of most pages: the only one) is written
+                check = warp_sum(check);
+                bad = __reduce_or_sync(FULL, bad);
+                if (lane == 0) shared.check[warp] = check, shared.bad[warp] = bad;
+                __syncthreads();
+                check = warp_sum(lane < blockDim.x >> 5 ? shared.check[lane] : 0);
+                bad = __reduce_or_sync(FULL, lane < blockDim.x >> 5 ? shared.bad[lane] : 0);
+                if (check) bad |= BAD_CHECKSUM;
+                if (bad) break;
+            }
+            if (raw) {
+                const u32 begin = chunk * blockDim.x * 64, count = min(values - begin, blockDim.x * 64);
+                if ((u64)page % 16 == 0) {
+                    for (u32 i = tid; i < count / 8; i += blockDim.x) ((uint4*)(page + begin))[i] = image4[i];
+                    for (u32 i = count / 8 * 8 + tid; i < count; i += blockDim.x) page[begin + i] = ((u16*)image)[i];
+                } else {
+                    for (u32 i = tid; i < count; i += blockDim.x) page[begin + i] = ((u16*)image)[i];
+                }
+            } else {
+                #pragma unroll 1   // one group in registers at a time
+                for (u32 h = 0; h < 2; h++) {
+                    const u32 group = first_group + h * blockDim.x + tid;
+                    if (group >= groups) break;
+                    u32 pair[16];
+                    dequantise<T>(image + (h ? words_before + (at >> 16) : at & 0xffffu),
+                                  code_of(shared, h * blockDim.x + tid), g.part(group) ? s1 : s0, pair);
+                    store_group<FAST>(page, g, group, pair);
+                }
+            }
+            __syncthreads();   // the image is free for the next chunk or page
+        }
+        if (tid == 0) status[index] = bad;
+        __syncthreads();
+    }
+}
