@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command_line = parser()
     options = command_line.parse_args(arguments)
-    console, progress = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+    console, progress = Console(width=None if sys.stdout.isatty() else 130), Console(stderr=True)
     missing = machine.gpu_missing()
     if options.plot:
         report.pyplot()  # raises now, not after a minute of work

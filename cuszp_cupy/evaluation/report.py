@@ -54,7 +54,8 @@ def codec_table(rows: list[dict], title: str) -> Table:
         ]
         if timed:
             for what in ("compress", "decompress"):
-                cells.append(_show(row[f"{what}_gbps"], "{:.0f}"))
+                gbps = row[f"{what}_gbps"]
+                cells.append(_show(gbps, "{:.1f}" if gbps and gbps < 100 else "{:.0f}"))
                 cells.append(_show(row[f"{what}_spread_percent"], "{:.1f}"))
                 cells.append(_show(row[f"{what}_of_copy"], "{:.0%}"))
         table.add_row(*cells, _show(row["max_error_over_eb"], "{:.3f}"))
