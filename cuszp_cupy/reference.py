@@ -62,7 +62,7 @@ def compress(x: np.ndarray, eb: float, mode: str = "fixed") -> bytes:
         )
     n, eb = _check_n(x.size), _check_eb(eb, dtype)
     check_mode(mode)
-    v = _codes(_quantise(x.reshape(-1), eb), mode)
+    v = _codes(_bins(x.reshape(-1), eb), mode)
     magnitude = np.abs(v)  # INT_MIN stays: negative, so no maximum sees it; all 31 plane bits are 0
 
     k = _bits(magnitude.max(axis=1, initial=0))  # 1.3
@@ -136,7 +136,7 @@ def decompress(stream, n: int, dtype, eb: float, mode: str = "fixed") -> np.ndar
         return (q.reshape(-1)[:n].astype(dtype) * eb) * dtype.type(2)  # 1.5
 
 
-def _quantise(x: np.ndarray, eb) -> np.ndarray:
+def _bins(x: np.ndarray, eb) -> np.ndarray:
     """Return the int32 bin numbers of 1.1. All overflow is specified, so no warning is due."""
     T = x.dtype.type
     limits = np.iinfo(np.int32)
