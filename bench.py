@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     described = machine.describe()
     result = {
         "machine": described,
-        "parameters": {"quick": options.quick, "kv_bounds": codec.KV_BOUNDS, "array_bound": codec.ARRAY_BOUND},
+        "parameters": {
+            "quick": options.quick, "kv_bounds": codec.KV_BOUNDS, "array_bound": codec.ARRAY_BOUND,
+            "batch_bytes": None if missing else speed.BATCH_BYTES,
+        },
         "rows": [], "link": [], "notes": [], "rate_error": [],
     }  # fmt: skip
     with progress.status("starting") as status:
