@@ -49,24 +49,39 @@ struct Rate {
 // Value i of a block is bit bit_of(i) of each plane (format.py 1.3).
 __device__ constexpr int bit_of(int i) { return i ^ 7; }
 
-// Where word w of a tile lies in shared memory: 16-byte quads are permuted within 128 bytes, so that
-// threads which read their blocks' 128-byte rows quad by quad, or payloads of a power of two of words,
-// do not meet in one bank.
-__device__ __forceinline__ u32 swizzled(u32 w) { return w ^ (w >> 3 & 28); }
+// Where byte `at` of a tile lies in shared memory: 16-byte quads are permuted within 128 bytes, so that
+// threads which go through blocks of 128 bytes, or through payloads of a power of two, side by side, do
+// not meet in one bank.
+__device__ __forceinline__ u32 swizzled(u32 at) { return at ^ (at >> 3 & 0x70); }
 
-// Transposes 32 x 32 bits: bit j of word i becomes bit i of word j. Exchanges the off-diagonal S x S
-// squares of each 2S x 2S, then goes on within the squares.
-template <int S = 16>
-__device__ __forceinline__ void transpose(u32 (&word)[32]) {
+// swizzled(128 * row + at) for at < 128, for the compiler to see constants in.
+__device__ __forceinline__ u32 in_row(u32 row, u32 at) { return 128 * row + (at ^ row % 8 * 16); }
+
+template <typename V>
+__device__ __forceinline__ V &as(u8 *address) {
+    return *reinterpret_cast<V *>(address);
+}
+
+// A step of the transposition of 32 x 32 bits (bit j of word i becomes bit i of word j): exchanges the
+// off-diagonal S x S squares of each 2S x 2S, in `num_words` words. The steps 16, 8, 4, 2, 1 may come in
+// any order.
+template <int S, int num_words>
+__device__ __forceinline__ void transpose_step(u32 *word) {
     constexpr u32 low = FULL / ((1u << S) + 1);  // the S low bits of every 2S
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < num_words; ++i) {
         if (i & S) continue;
         const u32 x = word[i], y = word[i + S];
         word[i] = (x & low) | (y << S & ~low);
         word[i + S] = (x >> S & low) | (y & ~low);
     }
-    if constexpr (S > 1) transpose<S / 2>(word);
+}
+
+// The steps that stay within 8 planes: left out where no block of the warp has them.
+__device__ __forceinline__ void transpose_8_planes(u32 *word) {
+    transpose_step<4, 8>(word);
+    transpose_step<2, 8>(word);
+    transpose_step<1, 8>(word);
 }
 
 // Tiles are numbered in the order in which CTAs start, so that a CTA only ever waits for running ones.

@@ -27,41 +27,31 @@ __device__ __forceinline__ u32 quantise(double x, double r) {
 
 __device__ __forceinline__ int bits(int a) { return 32 - __clz(max(a, 0)); }
 
-// Writes bytes from..to-1 of a word of the tile. The words at both ends of a payload of mode outlier
-// are shared with the neighbouring blocks.
-__device__ __forceinline__ void put_bytes(u32 *tile_words, u32 w, u32 word, u32 from, u32 to) {
-    u8 *bytes = reinterpret_cast<u8 *>(tile_words + swizzled(w));
-#pragma unroll
-    for (u32 b = 0; b < 4; ++b) {
-        if (from <= b && b < to) bytes[b] = u8(word >> 8 * b);
-    }
-}
-
 template <typename T, int MODE, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS)
+__global__ void __launch_bounds__(32 * WARPS, 24 / WARPS)
     cuszp_compress(const T *x, i64 n, T r, u8 *stream, u64 *size, u64 *workspace) {
-    // First the quantised values, a row of 32 words a block; then the payloads, packed.
-    __shared__ __align__(16) u32 tile_words[1024 * WARPS];
+    // First the quantised values, a row of 128 bytes a block; then the payloads, packed. Swizzled.
+    __shared__ __align__(128) u8 tile_data[4096 * WARPS];
 
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 tile = take_tile(workspace);
     const u32 block = tile * 32 * WARPS + threadIdx.x;
 
     // A warp loads its 32 blocks, lane = value.
-    const i64 first_value = (i64(tile) * WARPS + warp) * 1024;
-    const i64 remaining = n - first_value;
+    const i64 first_value = (i64(tile) * WARPS + warp) * 1024 + lane;
+    const T *values = x + first_value;
+    const int remaining = min(n - first_value, i64(1024));
     constexpr int BATCH = 128 / sizeof(T);  // loads in flight
 #pragma unroll
     for (int batch = 0; batch < 32; batch += BATCH) {
         T value[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const int at = 32 * (batch + i) + lane;
-            value[i] = at < remaining ? __ldcs(x + first_value + at) : T(0);
+            value[i] = 32 * (batch + i) < remaining ? __ldcs(values + 32 * (batch + i)) : T(0);
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            tile_words[swizzled(1024 * warp + 32 * (batch + i) + lane)] = quantise(value[i], r);
+            as<u32>(tile_data + in_row(32 * warp + batch + i, 4 * lane)) = quantise(value[i], r);
         }
     }
     __syncwarp();
@@ -70,7 +60,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     u32 word[32];
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
-        const uint4 quad = *reinterpret_cast<const uint4 *>(tile_words + swizzled(32 * threadIdx.x + i));
+        const uint4 quad = as<uint4>(tile_data + in_row(threadIdx.x, 4 * i));
         word[bit_of(i)] = quad.x;
         word[bit_of(i + 1)] = quad.y;
         word[bit_of(i + 2)] = quad.z;
@@ -80,7 +70,7 @@ __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
         for (int i = 31; i > 0; --i) word[bit_of(i)] -= word[bit_of(i - 1)];
     }
-    const i64 num_values = n - i64(block) * 32;
+    const int num_values = min(n - i64(block) * 32, i64(32));
     if (num_values < 32) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
@@ -114,51 +104,57 @@ __global__ void __launch_bounds__(32 * WARPS)
 
     u32 tile_bytes;
     u32 at = scan_tile<WARPS>(bytes, workspace, tile, tile_bytes);
-    transpose(word);
-    if constexpr (MODE == OUTLIER) {
-        for (u32 i = 0; i < outlier_bytes; ++i, ++at) {
-            put_bytes(tile_words, at / 4, first >> 8 * i << 8 * (at % 4), at % 4, at % 4 + 1);
+    if (MODE == OUTLIER) {
+        for (u32 i = 0; i < outlier_bytes; ++i) tile_data[swizzled(at++)] = u8(first >> 8 * i);
+    }
+    // In mode outlier the words of the payload lie `skew` bytes beyond words of the tile. A word of the
+    // tile at either end of the payload is shared with the next block, so it is written by bytes.
+    const u32 skew = MODE == OUTLIER ? at % 4 : 0;
+    u32 before = signs;
+    if (skew) {
+        for (u32 b = 0; b < 4 - skew && bytes; ++b) tile_data[swizzled(at + b)] = u8(signs >> 8 * b);
+        at -= skew;
+    } else if (bytes) {
+        as<u32>(tile_data + swizzled(at)) = signs;
+    }
+    transpose_step<16, 32>(word);
+    transpose_step<8, 32>(word);
+    const u32 most_planes = __reduce_max_sync(FULL, planes);
+#pragma unroll
+    for (u32 p = 0; p < 31; ++p) {
+        if (p % 8 == 0) {
+            if (p >= most_planes) break;
+            transpose_8_planes(word + p);
+        }
+        if (p < planes) {
+            as<u32>(tile_data + swizzled(at + 4 + 4 * p)) =
+                MODE == OUTLIER ? __funnelshift_l(before, word[p], 8 * skew) : word[p];
+            if (MODE == OUTLIER) before = word[p];
         }
     }
-    if (bytes) {
-        const u32 skew = at % 4;  // 0 but in mode outlier
-        u32 w = at / 4, before = signs;
-        if (MODE == OUTLIER && skew) {
-            put_bytes(tile_words, w, signs << 8 * skew, skew, 4);
-        } else {
-            tile_words[swizzled(w)] = signs;
-        }
-#pragma unroll
-        for (u32 p = 0; p < 31; ++p) {
-            if (p < planes) {
-                const u32 shifted = __funnelshift_l(before, word[p], 8 * skew);
-                tile_words[swizzled(++w)] = MODE == OUTLIER ? shifted : word[p];
-                before = word[p];
-            }
-        }
-        if (MODE == OUTLIER && skew) put_bytes(tile_words, w + 1, before >> (32 - 8 * skew), 0, skew);
+    if (skew && bytes) {
+        at += 4 + 4 * planes;
+        for (u32 b = 0; b < skew; ++b) tile_data[swizzled(at + b)] = u8(before >> 8 * (4 - skew + b));
     }
 
     const u64 tile_offset = offset_of_tile(workspace, tile, tile_bytes);
     u8 *out = stream + 32 * WARPS * u64(gridDim.x) + tile_offset;
     if (tile == gridDim.x - 1 && threadIdx.x == 0) *size = out + tile_bytes - stream;
 
-    // The tile's payloads to global memory, in words of global memory: `skew` bytes apart again.
-    const u32 skew = MODE == OUTLIER ? reinterpret_cast<u64>(out) % 4 : 0;
-    u32 *out_words = reinterpret_cast<u32 *>(out - skew);
-    for (u32 w = threadIdx.x; 4 * w < skew + tile_bytes; w += 32 * WARPS) {
-        const u32 after = 4 * w < tile_bytes ? tile_words[swizzled(w)] : 0;
-        if (MODE != OUTLIER) {
-            out_words[w] = after;
-            continue;
+    // The tile's payloads to global memory, word by word of global memory: skewed again.
+    const u32 out_skew = MODE == OUTLIER ? reinterpret_cast<u64>(out) % 4 : 0;
+    out -= out_skew;
+    const u32 end = out_skew + tile_bytes;
+    for (u32 i = 4 * threadIdx.x; i < end; i += 4 * 32 * WARPS) {
+        u32 here = i < tile_bytes ? as<u32>(tile_data + swizzled(i)) : 0;
+        if (MODE == OUTLIER) {
+            const u32 below = i ? as<u32>(tile_data + swizzled(i - 4)) : 0;
+            here = __funnelshift_l(below, here, 8 * out_skew);
         }
-        const u32 before = w ? tile_words[swizzled(w - 1)] : 0;
-        const u32 shifted = __funnelshift_l(before, after, 8 * skew);
-        const u32 from = w ? 0 : skew, to = min(skew + tile_bytes - 4 * w, 4u);
-        if (from == 0 && to == 4) {
-            out_words[w] = shifted;
-        } else {
-            for (u32 b = from; b < to; ++b) reinterpret_cast<u8 *>(out_words + w)[b] = u8(shifted >> 8 * b);
+        if (MODE != OUTLIER || (i >= out_skew && i + 4 <= end)) {
+            as<u32>(out + i) = here;
+        } else {  // an end of the tile, in a word shared with another tile
+            for (u32 b = i ? 0 : out_skew; b < 4 && i + b < end; ++b) out[i + b] = u8(here >> 8 * b);
         }
     }
 }

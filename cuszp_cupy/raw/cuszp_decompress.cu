@@ -25,7 +25,7 @@ __device__ __forceinline__ double dequantise(u32 q, double eb) {
 
 // Copies 16 bytes to shared memory, the first `bytes` (0..16) from `global`, the others 0; the rest of
 // `global` is not read. Done after wait_copies().
-__device__ __forceinline__ void copy_quad(u32 *shared, const u8 *global, u32 bytes) {
+__device__ __forceinline__ void copy_quad(u8 *shared, const u8 *global, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
                  : "r"(u32(__cvta_generic_to_shared(shared))), "l"(global), "r"(bytes)
@@ -37,9 +37,9 @@ __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;
 template <typename T, int MODE, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
     cuszp_decompress(const u8 *stream, i64 stream_bytes, i64 n, T eb, T *x, u32 *status, u64 *workspace) {
-    // First the payloads of the tile, packed as in the stream; then the bin numbers, a row of 32 words
-    // a block. 128 bytes more, because the payloads start at the alignment they have in the stream.
-    __shared__ __align__(16) u32 tile_words[1024 * WARPS + 32];
+    // First the payloads, packed as in the stream; then the bin numbers, a row of 128 bytes a block.
+    // Swizzled. 128 bytes more, because the payloads start at the alignment they have in the stream.
+    __shared__ __align__(128) u8 tile_data[4096 * WARPS + 128];
 
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 tile = take_tile(workspace);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     for (u32 i = 16 * threadIdx.x; i < skew + tile_bytes; i += 16 * 32 * WARPS) {
         const i64 readable = stream_bytes - payload_start + skew - i;
         const u32 bytes = u32(min(max(readable, i64(0)), i64(16)));
-        copy_quad(tile_words + swizzled(i / 4), bytes ? payload - skew + i : stream, bytes);
+        copy_quad(tile_data + swizzled(i), bytes ? payload - skew + i : stream, bytes);
     }
     wait_copies();
     __syncthreads();
@@ -68,26 +68,26 @@ __global__ void __launch_bounds__(32 * WARPS)
     u32 word[32] = {}, signs = 0, first = 0;
     at += skew;
     if (MODE == OUTLIER) {
-        for (u32 i = 0; i < rate.outlier_bytes; ++i, ++at) {
-            first |= (tile_words[swizzled(at / 4)] >> 8 * (at % 4) & 0xff) << 8 * i;
-        }
+        for (u32 i = 0; i < rate.outlier_bytes; ++i) first |= u32(tile_data[swizzled(at++)]) << 8 * i;
     }
-    if (rate.bytes) {
-        const u32 shift = 8 * (at % 4);  // 0 but in mode outlier
-        u32 w = at / 4, here = tile_words[swizzled(w)];
-        const auto next = [&] {
-            const u32 after = tile_words[swizzled(++w)];
-            const u32 value = MODE == OUTLIER ? __funnelshift_r(here, after, shift) : here;
-            here = after;
-            return value;
-        };
-        signs = next();
+    const u32 shift = 8 * (at % 4);  // 0 but in mode outlier
+    u32 here = as<u32>(tile_data + swizzled(at -= at % 4));
+    const auto next = [&] {
+        const u32 above = as<u32>(tile_data + swizzled(at += 4));
+        const u32 value = MODE == OUTLIER ? __funnelshift_r(here, above, shift) : here;
+        here = above;
+        return value;
+    };
+    if (rate.bytes) signs = next();
+    const u32 most_planes = __reduce_max_sync(FULL, rate.planes);
 #pragma unroll
-        for (u32 p = 0; p < 31; ++p) {
-            if (p < rate.planes) word[p] = next();
-        }
+    for (u32 p = 0; p < 31; ++p) {
+        if (p % 8 == 0 && p >= most_planes) break;
+        if (p < rate.planes) word[p] = next();
+        if (p % 8 == 7 || p == 30) transpose_8_planes(word + p / 8 * 8);
     }
-    transpose(word);
+    transpose_step<8, 32>(word);
+    transpose_step<16, 32>(word);
     if (rate.outlier_bytes) word[bit_of(0)] = first;
 
     // 1.2, 1.5. word[bit_of(i)] is value i.
@@ -102,18 +102,22 @@ __global__ void __launch_bounds__(32 * WARPS)
     __syncthreads();  // the payloads have been read
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
-        *reinterpret_cast<uint4 *>(tile_words + swizzled(32 * threadIdx.x + i)) =
+        as<uint4>(tile_data + in_row(threadIdx.x, 4 * i)) =
             make_uint4(word[bit_of(i)], word[bit_of(i + 1)], word[bit_of(i + 2)], word[bit_of(i + 3)]);
     }
     __syncwarp();
 
     // A warp stores its 32 blocks, lane = value.
-    const i64 first_value = (i64(tile) * WARPS + warp) * 1024;
-    const i64 remaining = n - first_value;
+    const i64 first_value = (i64(tile) * WARPS + warp) * 1024 + lane;
+    T *values = x + first_value;
+    const int remaining = min(n - first_value, i64(1024));
+    const auto value = [&](int i) {
+        return dequantise(as<u32>(tile_data + in_row(32 * warp + i, 4 * lane)), eb);
+    };
+    if (remaining > 992) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-        const int value = 32 * i + lane;
-        const u32 q = tile_words[swizzled(1024 * warp + value)];
-        if (value < remaining) x[first_value + value] = dequantise(q, eb);
+        for (int i = 0; i < 32; ++i) values[32 * i] = value(i);
+    } else {
+        for (int i = 0; 32 * i < remaining; ++i) values[32 * i] = value(i);
     }
 }
