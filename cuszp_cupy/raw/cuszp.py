@@ -50,11 +50,11 @@ def compress(
 
     ``out`` has format.max_stream_bytes(n) bytes and is 4-byte aligned.
     """
-    import cupy
-
     T = _check(n, dtype, eb, out_ptr, workspace_ptr)
     assert x_ptr % T().itemsize == 0 and size_ptr and size_ptr % 8 == 0
     if n == 0:
+        import cupy
+
         cupy.cuda.runtime.memsetAsync(size_ptr, 0, 8, cupy.cuda.get_current_stream().ptr)
         return
     with np.errstate(over="ignore"):  # a subnormal eb; the format says what comes of it
