@@ -34,17 +34,24 @@ def encode(
     *,
     aligned: bool,
     blocks: int | None = None,
+    regions_ptr: int = 0,
+    cursors_ptr: int = 0,
 ) -> None:
-    """Encode ``num_pages`` pages into slots that can each hold a raw page.
+    """Encode ``num_pages`` pages, each into a slot of its own, or packed into regions they share.
 
     Args:
         pages_ptr: device or mapped address of uint64[num_pages], the addresses of the pages.
-        payloads_ptr: likewise of the payloads; each 16-byte aligned, in device or mapped pinned memory.
+        payloads_ptr: likewise of the slots, each 16-byte aligned with room for a raw page, in device or mapped
+            pinned memory; or, with ``cursors_ptr``, of the region each page goes to.
         rows_ptr: 16-byte aligned address of uint32[num_pages, 4], the table rows to write.
         dtype: ``float16`` or ``bfloat16``.
         bounds: one a part.
         aligned: whether every page address is a multiple of 8.
         blocks: thread blocks to use at most; one a page when None.
+        regions_ptr: address of uint32[num_pages], each page's index into the cursors; 0: all have index 0.
+        cursors_ptr: device address of uint32 cursors, room taken in each region in units of 16 bytes; zero them
+            before the first launch. A payload then lies 16 x its row's place (word 3) after its region's address.
+            A region needs room for its pages raw, each rounded up to 16 bytes.
     """
     assert num_pages > 0 and rows_ptr % 16 == 0 and len(bounds) == len(geometry.part_values)
     fast = aligned and _threads(geometry)[1] and not any(w % 4 for w in _widths(geometry))
@@ -54,7 +61,8 @@ def encode(
     _launch(
         "kv_encode", dtype, fast, geometry, num_pages, blocks,
         (
-            np.uint64(pages_ptr), np.uint64(payloads_ptr), np.uint64(rows_ptr), np.uint32(num_pages),
+            np.uint64(pages_ptr), np.uint64(payloads_ptr), np.uint64(rows_ptr),
+            np.uint64(regions_ptr), np.uint64(cursors_ptr), np.uint32(num_pages),
             np.uint32(CODINGS.index("raw" if raw else coding)), *_geometry_arguments(geometry),
             np.int32(kind[0]), np.int32(step[0]), np.float64(factor[0]),
             np.int32(kind[1]), np.int32(step[1]), np.float64(factor[1]),
@@ -77,7 +85,8 @@ def decode(
     """Decode ``num_pages`` pages; ``status`` (uint32[num_pages], device) becomes 0 where a page is good.
 
     Args:
-        payloads_ptr, rows_ptr, pages_ptr, num_pages, dtype, geometry, blocks: as in ``encode``.
+        payloads_ptr: as in ``encode``; the row's place counts from there.
+        rows_ptr, pages_ptr, num_pages, dtype, geometry, blocks: as in ``encode``.
         aligned: whether every page address is a multiple of 4.
     """
     assert num_pages > 0 and rows_ptr % 16 == 0

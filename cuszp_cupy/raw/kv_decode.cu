@@ -1,7 +1,7 @@
 // kv_decode: decodes a batch of independent pages, one thread block a page at a time, each thread two groups.
 //
-//   in   payloads[num_pages]  u64    addresses of the payloads, 16-byte aligned; device memory or mapped pinned
-//                                    host memory. Nothing is read past the payload bytes that the row tells
+//   in   payloads[num_pages]  u64    addresses, 16-byte aligned, device or mapped pinned host memory; the payload
+//                                    lies 16 x the row's place after it. Nothing past its payload bytes is read
 //   in   rows[num_pages]      uint4  table rows (format.py 2.1); device or mapped pinned host memory
 //   out  pages[num_pages]     u64    addresses of the pages, 2-byte aligned (4 or 16: wide stores)
 //   out  status[num_pages]    u32    0: good. Else nothing of the page is to be used: 1 the row, 2 the width codes,
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
 
     for (u32 index = blockIdx.x; index < num_pages; index += gridDim.x) {
         const uint4 row = rows[index];
-        const u8* const payload = (const u8*)payloads[index];
+        const u8* const payload = (const u8*)payloads[index] + 16ull * row.w;
         u16* const page = (u16*)pages[index];
         const int s0 = (int)(row.x & 1023) - STEP_BIAS, s1 = (int)(row.x >> 10 & 1023) - STEP_BIAS;
         const u32 coding = row.x >> 20, bytes = row.y;

@@ -1,9 +1,13 @@
 // kv_encode: codes a batch of independent pages, one thread block a page at a time, each thread two groups.
 //
 //   in   pages[num_pages]     u64    addresses of the pages, 2-byte aligned (8 or 16: wide loads)
-//   in   payloads[num_pages]  u64    addresses to write to, 16-byte aligned, room for a raw page each;
-//                                    device memory or mapped pinned host memory
-//   out  rows[num_pages]      uint4  table rows (format.py 2.1): word 1, payload bytes, checksum, 0
+//   in   payloads[num_pages]  u64    addresses to write to, 16-byte aligned, device or mapped pinned host memory:
+//                                    a slot of a raw page's size each, or, with cursors, the region a page shares
+//   out  rows[num_pages]      uint4  table rows (format.py 2.1): word 1, payload bytes, checksum, place: the payload
+//                                    lies 16 place bytes after payloads[page]
+//   in   regions[num_pages]   u32    the page's index in cursors; null: 0 for all
+//   i/o  cursors[]            u32    room taken in each region so far, in 16 bytes; null: slots, place is 0. A region
+//                                    must hold its pages raw, each rounded up to 16 bytes
 //   in   geometry, coding (0 raw, 1 fixed), and for each part: kind of bound (0 abs, 1 rel, 2 rms), the step
 //        number (abs) and the factor (rel: 2 A; rms: 4 A A / n) of 2.7
 //   FAST: every thread's two groups are neighbours in one part and one row of token groups, pages are 8-byte
@@ -11,8 +15,8 @@
 //   grid any (pages are taken in turn)     block  a multiple of 32 up to 512: two groups a thread; larger
 //        pages go in chunks     shared  64 bytes a group of a chunk + 16
 //
-// Guarantee: the bytes that reference.encode_page writes. A page that is one chunk is read once; a larger one
-// three times (rms), its second and third time mostly from L2. Format: section 2.
+// Guarantee: the bytes that reference.encode_page writes; places of a shared region in no particular order. FAST
+// reads a page once; otherwise up to four times, all but the first mostly from L2. Format: section 2.
 #include "kv_common.cuh"
 
 #define KIND_ABS 0
@@ -155,18 +159,24 @@ struct Page {
     }
 
     // 2.7, rel: keys of the largest and of the negated smallest finite value of group h; 0 if there is none.
-    __device__ void extremes(int h, u32& top, u32& bottom) const {
+    // Returns whether all values are finite.
+    __device__ bool extremes(int h, u32& top, u32& bottom) const {
+        bool all_finite = true;
         top = bottom = 0;
         #pragma unroll
         for (int i = 0; i < 16; i++) {
             float x[2] = {Storage<T>::lo(pair[h][i]), Storage<T>::hi(pair[h][i])};
             #pragma unroll
             for (int j = 0; j < 2; j++) {
-                if (!isfinite_(x[j])) continue;
+                if (!isfinite_(x[j])) {
+                    all_finite = false;
+                    continue;
+                }
                 top = max(top, float_key(x[j]));
                 bottom = max(bottom, float_key(-x[j]));
             }
         }
+        return all_finite;
     }
 
     static __device__ bool isfinite_(float x) { return fabsf(x) <= 3.4028234664e38f; }
@@ -243,6 +253,7 @@ struct Shared {
     u64 sum[2][MAX_WARPS];
     u32 fits[MAX_WARPS], check[MAX_WARPS];
     u32 word1;                    // of the page's row, if it is not raw
+    u32 place;                    // of the payload, in 16 bytes from payloads[page]
 };
 
 // Largest v of the block, from one slot a warp; the caller separates reuses of `slots` by a barrier.
@@ -280,9 +291,9 @@ __device__ void choose_steps(Page<T, FAST>& page, u32 chunks, const PartBound (&
                 if (h == 0) largest = simple ? t[h] : __int_as_float(0x7f800000);
                 group_top = __float_as_uint(t[h]);
             } else {
-                page.extremes(h, group_top, group_bottom);
-                float x = fmaxf(fabsf(key_float(group_top)), fabsf(key_float(group_bottom)));
-                if (h == 0) largest = x * x;   // NaN where no value is finite: never below a limit
+                const bool all_finite = page.extremes(h, group_top, group_bottom);
+                const float x = fmaxf(fabsf(key_float(group_top)), fabsf(key_float(group_bottom)));
+                if (h == 0) largest = all_finite ? x * x : __int_as_float(0x7f800000);
             }
             top[0] = max(top[0], one ? 0 : group_top), top[1] = max(top[1], one ? group_top : 0);
             bottom[0] = max(bottom[0], one ? 0 : group_bottom), bottom[1] = max(bottom[1], one ? group_bottom : 0);
@@ -383,6 +394,11 @@ __device__ void choose_steps(Page<T, FAST>& page, u32 chunks, const PartBound (&
     if (FAST) page.load(0);   // rather than keeping it in registers meanwhile
 }
 
+// Takes room for a payload from its region and returns where it is; 0 if payloads have slots of their own.
+__device__ inline u32 reserve(u32 bytes, u32 index, const u32* regions, u32* cursors) {
+    return cursors ? atomicAdd(&cursors[regions ? regions[index] : 0], (bytes + 15) / 16) : 0;
+}
+
 // Copies the page as it is. Returns this thread's part of the checksum.
 __device__ inline u32 write_raw(const u16* data, u32 values, u32* payload) {
     u32 check = 0;
@@ -410,7 +426,8 @@ __device__ inline u32 write_raw(const u16* data, u32 values, u32* payload) {
 
 template <typename T, bool FAST>
 __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
-    const u64* __restrict__ pages, const u64* __restrict__ payloads, uint4* __restrict__ rows, u32 num_pages, u32 coding,
+    const u64* __restrict__ pages, const u64* __restrict__ payloads, uint4* __restrict__ rows,
+    const u32* __restrict__ regions, u32* __restrict__ cursors, u32 num_pages, u32 coding,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer,
     int kind0, int step0, double factor0, int kind1, int step1, double factor1) {
@@ -434,6 +451,19 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             raw = s[0] == NO_STEP || s[1] == NO_STEP;
             if (tid == 0) shared.word1 = (s[0] + STEP_BIAS) | (s[1] + STEP_BIAS) << 10 | CODING_FIXED << 20;
         }
+        if (!FAST && !raw) {   // the size first, since it decides where the payload goes
+            u32 all_words = 0;
+            for (u32 chunk = 0; chunk < chunks; chunk++) {
+                page.load(chunk);
+                u32 chunk_words = code_words(page.quantise(0, page.part(0) ? s[1] : s[0]));
+                chunk_words += code_words(page.quantise(1, page.part(1) ? s[1] : s[0]));
+                block_scan(chunk_words, shared.scan, chunk_words);
+                all_words += chunk_words;
+                __syncthreads();   // shared.scan is free again
+            }
+            raw = 4ull * (first_word + all_words) >= 2ull * values;
+            if (tid == 0) shared.place = raw ? 0 : reserve(4 * (first_word + all_words), index, regions, cursors);
+        }
         for (u32 chunk = 0; chunk < chunks && !raw; chunk++) {
             if (!FAST) page.load(chunk);
             u32 codes = page.quantise(0, page.part(0) ? s[1] : s[0]);
@@ -443,9 +473,10 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             transpose(page.pair[1]);
             u32 chunk_words;
             u32 at = block_scan(code_words(codes & 15) + code_words(codes >> 4), shared.scan, chunk_words);
-            if (4ull * (first_word + words + chunk_words) >= 2ull * values) {
-                raw = true;
-                break;
+            if (FAST) {
+                raw = 4 * (first_word + chunk_words) >= 2 * values;
+                if (raw) break;
+                if (tid == 0) shared.place = reserve(4 * (first_word + chunk_words), index, regions, cursors);
             }
             const u32 start = first_word + words, shift = start & 3;
             at += shift;
@@ -463,7 +494,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
                 at += code_words(code);
             }
             __syncthreads();
-            u32* const payload = (u32*)payloads[index];
+            u32* const payload = (u32*)payloads[index] + 4ull * shared.place;
             // codes: 16 bytes a thread
             const u32 code_bytes = min(blockDim.x, g.code_bytes() - chunk * blockDim.x);
             if (tid < code_bytes / 16) {
@@ -491,7 +522,11 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             words += chunk_words;
             if (!FAST) __syncthreads();   // the image and the codes are free again
         }
-        if (raw) check = write_raw((const u16*)pages[index], values, (u32*)payloads[index]);
+        if (raw) {
+            if (tid == 0) shared.place = reserve(2 * values, index, regions, cursors);
+            __syncthreads();
+            check = write_raw((const u16*)pages[index], values, (u32*)payloads[index] + 4ull * shared.place);
+        }
         check = warp_sum(check);
         if ((tid & 31) == 0) shared.check[tid >> 5] = check;
         __syncthreads();   // also: the image, the codes and every slot are free for the next page
@@ -500,7 +535,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             const u32 payload_bytes = raw ? 2 * values : 4 * (first_word + words);
             check = header_checksum<T>(g, word1, payload_bytes);
             for (u32 w = 0; w < blockDim.x >> 5; w++) check += shared.check[w];
-            rows[index] = make_uint4(word1, payload_bytes, check, 0);
+            rows[index] = make_uint4(word1, payload_bytes, check, shared.place);
         }
         if (index + gridDim.x < num_pages) __syncthreads();   // thread 0 has read shared.check
     }
