@@ -72,7 +72,7 @@ non-finite values and -0.0 come back bit for bit.
 
     mix is a bijection: any change within one word is seen; others with probability 1 - 2^-32.
 
-2.3 Steps. A step number s = 4 k + m - 4, m in 4..7, -480 <= s <= 480, stands for step = m 2^(k-2).
+2.3 Steps. A step number s = 4 k + m - 4, m in 4..7, -400 <= s <= 400, stands for step = m 2^(k-2).
     The grid of s (magnitudes; two slopes, so that every point is a storage value)::
 
     y(q) = min(q m, 4 q + 32 (m - 4)) 2^(k-2), but at most the largest finite value of the dtype
@@ -80,6 +80,7 @@ non-finite values and -0.0 come back bit for bit.
     i.e. multiples of step up to 32 step, and from there on multiples of 2^k <= step. Points <= 32 step
     need 8 significant bits at most; points beyond are multiples of 2^k, and where the type's own spacing
     exceeds 2^k, x is such a multiple itself. Hence |x - y| <= step / 2 with no rounding left over.
+    (In float16 this needs step >= 2^-22: points of smaller steps fall between its denormals, see 2.7.)
 
 2.4 Groups. If tokens is a multiple of 16 and channels, kw, vw are even: a group is 16 tokens x 2
     neighbouring channels, numbered channel pair fastest, then tile of 16 tokens, then outer. Its pair i is
@@ -105,7 +106,8 @@ non-finite values and -0.0 come back bit for bit.
 
 2.7 Choosing the step: the largest s with step <= 2 eb, found by its thresholds: k = floor(log2(2 eb)), and
     m = 4 + the number of f in (5/4, 6/4, 7/4) with 2 eb / 2^k >= f (1 + 2^-16) (the margin covers the
-    rounding of 1 / step). s > 480 is lowered to 480; a page with a part at s < -480 is coded ``raw``.
+    rounding of 1 / step). s > 400 is lowered to 400; a page with a part at s < -400 (float16: s < -88) is
+    coded ``raw``.
     In float64, with A the bound's value and n the number of values in the part:
 
     abs   2 eb = 2 A
@@ -119,7 +121,7 @@ non-finite values and -0.0 come back bit for bit.
 
 2.8 Pages seen before (rel and rms). Decoded pages come back and are stored again; their rms or range may
     have moved a little. So, among the steps s+4, s+3, ..., s-4 in this order, the encoder takes the first one
-    (|.| <= 480) on whose grid each group of the part lies: every value of the group is a y(q) with
+    (|.| <= 400) on whose grid each group of the part lies: every value of the group is a y(q) with
     q < 2^13, or the group would have width code 15. If none fits: s. Re-encoding a decoded page then
     changes nothing (rms:A with A < 0.5, rel:A with A < 0.25).
 """
@@ -148,7 +150,8 @@ HEADER_BYTES = 32
 ROW_WORDS = 4
 TILE_TOKENS = 16
 STEP_BIAS = 512
-STEP_LIMIT = 480
+STEP_LIMIT = 400
+LOWEST_STEP = {"float16": -88, "bfloat16": -STEP_LIMIT}  # of an encoder: below it, pages are raw (2.7)
 MAX_MAGNITUDE = 2**13  # a magnitude of this or more makes its group width code 15
 MAX_PAGE_VALUES = 2**29
 FIRST_PAYLOAD_INDEX = 8  # index of payload word 0 in the checksum
@@ -354,7 +357,7 @@ class PageHeader:
         if dtype >= len(DTYPES):
             raise FormatError(f"dtype: expected 0 (float16) or 1 (bfloat16), got {dtype}")
         if zero:
-            raise FormatError(f"header bytes 18-19: expected 0, got {zero}")
+            raise FormatError(f"header bytes 22-23: expected 0, got {zero}")
         if bool(kw) != bool(vw):
             raise FormatError(f"parts: expected two widths or none, got {(kw, vw)}")
         try:

@@ -19,6 +19,7 @@ from .format import (
     CODE_WORDS,
     DTYPES,
     HEADER_BYTES,
+    LOWEST_STEP,
     MAX_MAGNITUDE,
     MAX_VALUES,
     STEP_LIMIT,
@@ -318,10 +319,10 @@ def _steps(groups, dtype, geometry, bounds) -> tuple[int, ...] | None:
             steps.append(0)
             continue
         s = _step_for(bound, n, x, x_finite)
-        if s is None or s < -STEP_LIMIT:
+        if s is None or s < LOWEST_STEP[dtype]:
             return None
         s = min(s, STEP_LIMIT)
-        steps.append(s if bound.kind == "abs" else _step_seen_before(x, s))
+        steps.append(s if bound.kind == "abs" else _step_seen_before(x, s, dtype))
     return tuple(steps)
 
 
@@ -349,7 +350,7 @@ def _step_for(bound, n, x, x_finite) -> int | None:
     return step_number(4 * bound.value * bound.value / n * total, exponent - 20, squared=True)
 
 
-def _step_seen_before(x: np.ndarray, s: int) -> int:
+def _step_seen_before(x: np.ndarray, s: int, dtype: str) -> int:
     """2.8: 'the first one on whose grid each group of the part lies'; else s."""
     with np.errstate(invalid="ignore"):
         magnitude = np.abs(x.astype(np.float64))
@@ -357,7 +358,7 @@ def _step_seen_before(x: np.ndarray, s: int) -> int:
         if abs(candidate) > STEP_LIMIT:
             continue
         q, escaped = _quantise(x, candidate)
-        on_grid = (_grid(q, candidate) == magnitude).all(axis=(1, 2))
+        on_grid = (_grid(q, candidate, dtype) == magnitude).all(axis=(1, 2))
         if (on_grid | escaped).all():
             return candidate
     return s
@@ -374,10 +375,11 @@ def _quantise(x: np.ndarray, s) -> tuple[np.ndarray, np.ndarray]:
     return q, escaped
 
 
-def _grid(q: np.ndarray, s) -> np.ndarray:
-    """2.3: y(q), before the limit to the largest finite value."""
+def _grid(q: np.ndarray, s, dtype: str) -> np.ndarray:
+    """2.3: y(q), 'but at most the largest finite value of the dtype'."""
     k, m = _km(s)
-    return np.ldexp(np.minimum(q * m, 4 * q + 32.0 * (m - 4)), k - 2)
+    y = np.ldexp(np.minimum(q * m, 4 * q + 32.0 * (m - 4)), k - 2)
+    return np.minimum(y, float(ml_dtypes.finfo(_NUMPY_DTYPES[dtype]).max))
 
 
 def _km(s):
@@ -437,8 +439,7 @@ def _decode_fixed(payload, dtype, geometry, steps) -> np.ndarray:
     planes[regular, 15] = planes[regular, code[regular] - 1]
     planes[regular, code[regular] - 1] = 0
     v = _unplanes(planes)
-    y = _grid((v & 0x7FFF).astype(np.float64), np.asarray(steps)[_part_of_group(geometry)])
-    numpy_dtype = _NUMPY_DTYPES[dtype]
-    y = np.minimum(y, float(ml_dtypes.finfo(numpy_dtype).max)).astype(np.float32).astype(numpy_dtype)
+    y = _grid((v & 0x7FFF).astype(np.float64), np.asarray(steps)[_part_of_group(geometry)], dtype)
+    y = y.astype(np.float32).astype(_NUMPY_DTYPES[dtype])
     bits = y.view(np.uint16) | v & 0x8000
     return np.where((code == 15)[:, None, None], v, bits)

@@ -8,13 +8,15 @@ typedef unsigned long long u64;
 
 #define CODE_ESCAPE 15u      // 2.5: storage bits instead of magnitudes
 #define STEP_BIAS 512
-#define STEP_LIMIT 480
+#define STEP_LIMIT 400
 #define CODING_RAW 0u
 #define CODING_FIXED 1u
 #define PAYLOAD_INDEX 8u     // 2.2: index of payload word 0
 #define MAX_THREADS 512
 #define MAX_WARPS 16
 #define FULL 0xffffffffu
+#define MAGIC_FLOAT 8388608.0f   // 2^23: an integer below 2^23 added to it stands in the low bits of the sum
+#define MAGIC_BITS 0x4b000000u
 
 struct float16 {};
 struct bfloat16 {};
@@ -25,6 +27,8 @@ template <typename T> struct Storage;
 
 template <> struct Storage<bfloat16> {
     static constexpr u32 dtype = 1;
+    static constexpr int lowest_step = -STEP_LIMIT;   // 2.7
+    static constexpr float largest = 0x1.fep127f;     // the largest finite value
     static __device__ float lo(u32 pair) { return __uint_as_float(pair << 16); }
     static __device__ float hi(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
     static __device__ u32 maximum(u32 a, u32 b) {
@@ -41,6 +45,8 @@ template <> struct Storage<bfloat16> {
 
 template <> struct Storage<float16> {
     static constexpr u32 dtype = 0;
+    static constexpr int lowest_step = -88;
+    static constexpr float largest = 65504.0f;
     static __device__ float lo(u32 pair) {
         float x;
         asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(pair));
@@ -63,6 +69,11 @@ template <> struct Storage<float16> {
     }
 };
 
+#define NARROW_CODE 8u       // up to this width code a group has 7 magnitude planes at most, and half the work
+
+// n / d for n and d below 2^20: the quotient is never closer to an integer than the approximation is wrong.
+__device__ inline u32 fast_divide(u32 n, u32 d) { return (u32)__fdividef((float)n + 0.5f, (float)d); }
+
 // Where groups lie in a page (2.4), in values, and the header words that all pages of a batch share.
 struct Geometry {
     u32 groups, groups_per_row, row_stride, pair_stride;  // flat: one group a row, strides 32 and 2
@@ -71,6 +82,7 @@ struct Geometry {
 
     __device__ bool flat() const { return pair_stride == 2; }
     __device__ u32 code_bytes() const { return (groups + 31) / 32 * 16; }
+    __device__ u32 parts() const { return kw == period ? 1 : 2; }
     __device__ u32 offset(u32 group) const {
         u32 row = group / groups_per_row;
         return row * row_stride + 2 * (group - row * groups_per_row);
@@ -80,20 +92,28 @@ struct Geometry {
         u32 channel = flat() ? group * 32 : group % groups_per_row * 2;
         return channel % period >= kw;
     }
+    // Both, for token groups and fewer than 2^20 groups.
+    __device__ u32 locate(u32 group, u32& part) const {
+        const u32 row = fast_divide(group, groups_per_row), channel = 2 * (group - row * groups_per_row);
+        part = kw != period && channel - fast_divide(channel, period) * period >= kw;
+        return row * row_stride + channel;
+    }
 };
 
 // The grid of a step number (2.3).
 struct Grid {
-    float step, pow2;
+    float step, pow2, offset, offset_pow2;
 
-    __device__ Grid() {}
     __device__ explicit Grid(int s) {
-        int k = s >> 2;                                   // floor
+        const int k = s >> 2;                             // floor
         pow2 = __uint_as_float((u32)(127 + k) << 23);
         step = __fmul_rn((float)((s & 3) + 4), __uint_as_float((u32)(125 + k) << 23));
+        offset = -MAGIC_FLOAT * step;
+        offset_pow2 = 32.0f * (step - pow2) - MAGIC_FLOAT * pow2;   // 20 significant bits: exact
     }
-    __device__ float point(float q) const {               // exact for every q an encoder emits
-        return fminf(__fmul_rn(q, step), __fmaf_rn(q, pow2, 32.0f * (step - pow2)));
+    // The point of q, given as 2^23 + q; exact, since every product and sum is, q < 2^15.
+    __device__ float point(float magic_q) const {
+        return fminf(__fmaf_rn(magic_q, step, offset), __fmaf_rn(magic_q, pow2, offset_pow2));
     }
 };
 
@@ -117,7 +137,22 @@ __device__ u32 header_checksum(const Geometry& g, u32 word1, u32 payload_bytes) 
 __device__ inline u32 code_words(u32 code) { return code + (code == CODE_ESCAPE); }
 
 // Transposes two 16 x 16 bit matrices at once, in the low and the high halves: afterwards bit i of half h of
-// r[p] is what bit p of half h of r[i] was. Its own inverse.
+// r[p] is what bit p of half h of r[i] was. Its own inverse. The steps commute: `swap_bytes`, then `swap_bits` on
+// both halves of r, or the other way round.
+template <int N> __device__ inline void swap_bits(u32 (&r)[N], int from) {
+    #pragma unroll
+    for (int d = 4; d > 0; d >>= 1) {
+        const u32 m = d == 4 ? 0x0f0f0f0fu : d == 2 ? 0x33333333u : 0x55555555u;
+        #pragma unroll
+        for (int i = from; i < from + 8; i++) {
+            if (i & d) continue;
+            u32 a = r[i], b = r[i + d];
+            r[i] = (a & m) | (b << d & ~m);
+            r[i + d] = (a >> d & m) | (b & ~m);
+        }
+    }
+}
+
 __device__ inline void transpose(u32 (&r)[16]) {
     #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -125,17 +160,8 @@ __device__ inline void transpose(u32 (&r)[16]) {
         r[i] = __byte_perm(a, b, 0x6240);
         r[i + 8] = __byte_perm(a, b, 0x7351);
     }
-    #pragma unroll
-    for (int d = 4; d > 0; d >>= 1) {
-        const u32 m = d == 4 ? 0x0f0f0f0fu : d == 2 ? 0x33333333u : 0x55555555u;
-        #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            if (i & d) continue;
-            u32 a = r[i], b = r[i + d];
-            r[i] = (a & m) | (b << d & ~m);
-            r[i + d] = (a >> d & m) | (b & ~m);
-        }
-    }
+    swap_bits(r, 0);
+    swap_bits(r, 8);
 }
 
 __device__ inline u32 warp_sum(u32 v) { return __reduce_add_sync(FULL, v); }

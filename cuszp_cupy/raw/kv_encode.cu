@@ -23,14 +23,32 @@
 #define KIND_REL 1
 #define KIND_RMS 2
 #define NO_STEP (-1000)          // the page must be raw
-#define MAGIC_FLOAT 8388608.0f   // 2^23: adding it rounds to an integer, which is then in the low bits
-#define MAGIC_BITS 0x4b000000u
 #define MAGNITUDE_MASK 0x1fffu   // magnitudes below 2^13
+#define INFINITE_BITS 0x7f800000u
 
 struct PartBound {
     int kind, step;
     double factor;
 };
+
+// What the threads of a block share about a page. thread 0 clears it between two barriers.
+struct Shared {
+    u32 codes[MAX_THREADS / 4];   // width codes of a chunk, one byte a thread
+    u32 scan[MAX_WARPS];
+    u32 top[2], bottom[2];        // 2.7. rms: largest t. rel: keys of the largest value and of the smallest, negated
+    u32 fine[2];                  // 1000 - exponent of the lowest bit set in a sample of the values; UNKNOWN
+    u64 sum[2];                   // 2.7, rms: S
+    int step[2];
+    u32 maybe_seen;               // 2.8: candidates not ruled out: bit 9 p + d stands for step[p] + 4 - d
+    u32 check, place;
+
+    __device__ void clear() {
+        #pragma unroll
+        for (int p = 0; p < 2; p++) top[p] = bottom[p] = fine[p] = 0, sum[p] = 0, step[p] = 0;
+        maybe_seen = check = 0;
+    }
+};
+#define UNKNOWN 0xffffffffu
 
 // Floats in an order-preserving way, so that integer maxima serve.
 __device__ inline u32 float_key(float x) {
@@ -39,6 +57,13 @@ __device__ inline u32 float_key(float x) {
 }
 __device__ inline float key_float(u32 key) {
     return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// 1000 - exponent of the lowest bit set in x; 0 for zeros. Denormals count as finer than they are, which is finer
+// than any step all the same.
+__device__ inline u32 fineness(float x) {
+    const u32 b = __float_as_uint(x) & 0x7fffffffu;
+    return b == 0 ? 0 : 1150 - (b >> 23) - (__ffs((b & 0x7fffffu) | 0x800000u) - 1);
 }
 
 // 2.6: |x| to 2^23 + q as a float's bits. Not below 2^23 + 2^13 where q is too large or x not finite.
@@ -51,22 +76,20 @@ struct Quantiser {
         shifted = MAGIC_FLOAT - 8.0f * (s & 3);
     }
     __device__ u32 operator()(float x) const {
-        return __float_as_uint(
-            fmaxf(__fmaf_rn(x, inverse, MAGIC_FLOAT), __fmaf_rn(x, inverse_pow2, shifted)));
+        return __float_as_uint(fmaxf(__fmaf_rn(x, inverse, MAGIC_FLOAT), __fmaf_rn(x, inverse_pow2, shifted)));
     }
 };
 
-// 2.7: the step number for two_eb 2^exponent, or for its square.
+// 2.7: the step number for two_eb 2^exponent, or for its square. Positive doubles are compared by their bits.
 __device__ inline int step_number(double two_eb, int exponent, bool squared) {
-    int e = (int)((u64)__double_as_longlong(two_eb) >> 52 & 2047) - 1023 + exponent;
-    int k = squared ? e >> 1 : e;
-    u64 mantissa = (u64)__double_as_longlong(two_eb) & 0xfffffffffffffull;
-    double ratio = __longlong_as_double((long long)(mantissa | (u64)(1023 + e - (squared ? 2 * k : k)) << 52));
+    const long long bits = __double_as_longlong(two_eb);
+    const int e = (int)(bits >> 52) - 1023 + exponent, k = squared ? e >> 1 : e;
+    const long long ratio = (bits & 0xfffffffffffffll) | (long long)(1023 + e - (squared ? 2 * k : k)) << 52;
     int m = 0;
     #pragma unroll
     for (int i = 0; i < 3; i++) {
-        double f = (1.25 + 0.25 * i) * (1 + 1.0 / 65536);
-        m += ratio >= (squared ? __dmul_rn(f, f) : f);
+        const double f = (1.25 + 0.25 * i) * (1 + 1.0 / 65536);
+        m += ratio >= __double_as_longlong(squared ? f * f : f);
     }
     return 4 * k + m;
 }
@@ -79,22 +102,16 @@ struct Page {
     u32 first;         // the number of the first of them
     u32 parts[2];      // their parts
 
+    __device__ Page(const u16* data, const Geometry& g) : data(data), g(g) {}
     __device__ bool present(int h) const { return first + (FAST ? 0 : h) < g.groups; }
     __device__ u32 part(int h) const { return parts[FAST ? 0 : h]; }
 
-    __device__ Page(const u16* data, const Geometry& g) : data(data), g(g) {}
-
     __device__ void load(u32 chunk) {
         first = (chunk * blockDim.x + threadIdx.x) * 2;
-        #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            parts[h] = present(h) ? g.part(first + h) : 0;
-            #pragma unroll
-            for (int i = 0; i < 16; i++) pair[h][i] = 0;
-        }
         if constexpr (FAST) {
-            if (!present(0)) return;
-            const uint2* p = (const uint2*)(data + g.offset(first));
+            // a thread without groups loads the first ones again: it is left out later
+            const u32 offset = g.locate(present(0) ? first : 0, parts[0]);
+            const uint2* p = (const uint2*)(data + offset);
             const u32 stride = g.pair_stride / 4;
             #pragma unroll
             for (int i = 0; i < 16; i++, p += stride) {
@@ -105,8 +122,8 @@ struct Page {
         } else {
             #pragma unroll
             for (int h = 0; h < 2; h++) {
-                if (!present(h)) continue;
-                if (g.flat() && (u64)data % 16 == 0 && (first + h + 1) * 32 <= g.values) {
+                parts[h] = present(h) ? g.part(first + h) : 0;
+                if (present(h) && g.flat() && (u64)data % 16 == 0 && (first + h + 1) * 32 <= g.values) {
                     const uint4* p = (const uint4*)(data + (first + h) * 32);
                     #pragma unroll
                     for (int i = 0; i < 4; i++) {
@@ -117,7 +134,7 @@ struct Page {
                     continue;
                 }
                 #pragma unroll
-                for (int i = 0; i < 16; i++) pair[h][i] = pair_at(first + h, i);
+                for (int i = 0; i < 16; i++) pair[h][i] = present(h) ? pair_at(first + h, i) : 0;
             }
         }
     }
@@ -140,16 +157,16 @@ struct Page {
             any |= pair[h][i];
         }
         float t = __fadd_rn(a, b);
-        simple = t < __int_as_float(0x7f800000) && (t > 0 || (any & 0x7fff7fffu) == 0);
+        simple = t < __uint_as_float(INFINITE_BITS) && (t > 0 || (any & 0x7fff7fffu) == 0);
         if (simple) return t;
         a = b = 0;   // rare: read again, so that no registers are kept for it
         bool nonzero = false;
         #pragma unroll 1
-        for (int i = 0; i < 16; i++) {
+        for (int i = 0; i < 16 && present(h); i++) {
             const u32 v = pair_at(first + h, i);
             float x = Storage<T>::lo(v), y = Storage<T>::hi(v);
-            x = isfinite_(x) ? x : 0;
-            y = isfinite_(y) ? y : 0;
+            x = finite(x) ? x : 0;
+            y = finite(y) ? y : 0;
             nonzero |= x != 0 || y != 0;
             a = __fmaf_rn(x, x, a);
             b = __fmaf_rn(y, y, b);
@@ -168,77 +185,86 @@ struct Page {
             float x[2] = {Storage<T>::lo(pair[h][i]), Storage<T>::hi(pair[h][i])};
             #pragma unroll
             for (int j = 0; j < 2; j++) {
-                if (!isfinite_(x[j])) {
-                    all_finite = false;
-                    continue;
-                }
-                top = max(top, float_key(x[j]));
-                bottom = max(bottom, float_key(-x[j]));
+                const bool good = finite(x[j]);
+                all_finite &= good;
+                top = max(top, good ? float_key(x[j]) : 0);
+                bottom = max(bottom, good ? float_key(-x[j]) : 0);
             }
         }
         return all_finite;
     }
 
-    static __device__ bool isfinite_(float x) { return fabsf(x) <= 3.4028234664e38f; }
+    static __device__ bool finite(float x) { return fabsf(x) < __uint_as_float(INFINITE_BITS); }
 
-    // 2.6 for group h: its width code; pair[h] becomes magnitudes with sign bits, or stays what it was (code 15).
-    __device__ u32 quantise(int h, int s) {
-        const Quantiser quantiser(s);
+    // 2.5: the width code of group h.
+    __device__ u32 width_code(int h, const Quantiser& quantiser) const {
         u32 largest = 0;
         #pragma unroll
         for (int i = 0; i < 16; i++) largest = Storage<T>::maximum(largest, pair[h][i] & 0x7fff7fffu);
         largest = Storage<T>::maximum(largest, largest >> 16);
         const u32 bits = quantiser(Storage<T>::lo(largest));
-        if (bits & ~(MAGIC_BITS | MAGNITUDE_MASK)) return CODE_ESCAPE;
-        const u32 code = 33 - __clz(bits & MAGNITUDE_MASK);
-        u32 negative_zero = 0;
+        u32 code = bits & ~(MAGIC_BITS | MAGNITUDE_MASK) ? CODE_ESCAPE : 33 - __clz(bits & MAGNITUDE_MASK);
         if (code == 1) {   // every magnitude is 0: signs matter only for -0.0
+            code = 0;
             #pragma unroll 1
-            for (int i = 0; present(h) && i < 16; i++) {
+            for (int i = 0; i < 16 && present(h); i++) {
                 const u32 v = pair_at(first + h, i);
-                negative_zero |= (v & 0xffffu) == 0x8000u || v >> 16 == 0x8000u;
+                code |= (v & 0xffffu) == 0x8000u || v >> 16 == 0x8000u;
             }
         }
-        #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const u32 magnitude = pair[h][i] & 0x7fff7fffu;
-            const u32 q = __byte_perm(quantiser(Storage<T>::lo(magnitude)), quantiser(Storage<T>::hi(magnitude)), 0x5410);
-            pair[h][i] = q | (pair[h][i] & 0x80008000u);
+        return present(h) ? code : 0;
+    }
+
+    // 2.5 and 2.6: pair[h] becomes the plane words of the group, the plane of signs last.
+    __device__ void planes(int h, u32 code, const Quantiser& quantiser) {
+        if (code != CODE_ESCAPE) {
+            #pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const u32 magnitude = pair[h][i] & 0x7fff7fffu;
+                const u32 a = quantiser(Storage<T>::lo(magnitude)), b = quantiser(Storage<T>::hi(magnitude));
+                pair[h][i] = __byte_perm(a, b, 0x5410) | (pair[h][i] & 0x80008000u);
+            }
         }
-        return code == 1 ? negative_zero : code;
+        transpose(pair[h]);
+    }
+
+    // The same for width codes up to NARROW_CODE: 7 planes of magnitudes, and the plane of signs in pair[h][7].
+    __device__ void narrow_planes(int h, const Quantiser& quantiser) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const u32 p = pair[h][i] & 0x7fff7fffu, q = pair[h][i + 8] & 0x7fff7fffu;
+            const u32 firsts = __byte_perm(quantiser(Storage<T>::lo(p)), quantiser(Storage<T>::lo(q)), 0x0040);
+            const u32 seconds = __byte_perm(quantiser(Storage<T>::hi(p)), quantiser(Storage<T>::hi(q)), 0x0040);
+            const u32 signs = __byte_perm(pair[h][i], pair[h][i + 8], 0x7351) & 0x80808080u;
+            pair[h][i] = __byte_perm(firsts, seconds, 0x5410) | signs;
+        }
+        swap_bits(pair[h], 0);
     }
 };
 
 // 2.8: whether x lies on the grid of s; sets `escaped` if its magnitude there is too large for a width code.
 __device__ inline bool on_grid(float x, int s, bool& escaped) {
-    const Grid grid(s);
-    const float q = __uint_as_float(Quantiser(s)(fabsf(x))) - MAGIC_FLOAT;
-    escaped |= !(q <= (float)MAGNITUDE_MASK);
-    return grid.point(q) == fabsf(x);
+    const float q = __uint_as_float(Quantiser(s)(fabsf(x)));
+    escaped |= !(q <= MAGIC_FLOAT + (float)MAGNITUDE_MASK);
+    return Grid(s).point(q) == fabsf(x);
 }
 
-// 2.8, exactly: the bits of `fits` (bit 9 p + d: step s[p] + 4 - d) on whose grids this thread's groups lie.
+// 2.8, exactly: those bits of shared.maybe_seen on whose grids all of this thread's groups lie.
 template <typename T, bool FAST>
-__device__ u32 groups_that_fit(const Page<T, FAST>& page, u32 fits, int s0, int s1) {
+__device__ u32 groups_that_fit(const Page<T, FAST>& page, u32 fits, const int (&step)[2]) {
     #pragma unroll 1
     for (u32 group = threadIdx.x; group < page.g.groups; group += blockDim.x) {
         const int p = page.g.part(group);
         #pragma unroll 1
         for (int d = 0; d < 9; d++) {
-            const int candidate = (p ? s1 : s0) + 4 - d;
+            const int candidate = step[p] + 4 - d;
             if (!(fits >> (9 * p + d) & 1)) continue;
-            bool all_on = abs(candidate) <= STEP_LIMIT, escaped = false;
+            bool all_on = true, escaped = false;
             #pragma unroll 1
-            for (int i = 0; all_on && i < 16; i++) {
+            for (int i = 0; i < 16; i++) {
                 const u32 v = page.pair_at(group, i);
                 all_on &= on_grid(Storage<T>::lo(v), candidate, escaped);
                 all_on &= on_grid(Storage<T>::hi(v), candidate, escaped);
-            }
-            #pragma unroll 1
-            for (int i = 0; !all_on && !escaped && i < 16 && abs(candidate) <= STEP_LIMIT; i++) {
-                const u32 v = page.pair_at(group, i);
-                on_grid(Storage<T>::lo(v), candidate, escaped);
-                on_grid(Storage<T>::hi(v), candidate, escaped);
             }
             if (!all_on && !escaped) fits &= ~(1u << (9 * p + d));
         }
@@ -246,36 +272,14 @@ __device__ u32 groups_that_fit(const Page<T, FAST>& page, u32 fits, int s0, int 
     return fits;
 }
 
-struct Shared {
-    u32 codes[MAX_THREADS / 4];   // width codes of a chunk, one byte a thread
-    u32 scan[MAX_WARPS];
-    u32 top[2][MAX_WARPS], bottom[2][MAX_WARPS];
-    u64 sum[2][MAX_WARPS];
-    u32 fits[MAX_WARPS], check[MAX_WARPS];
-    u32 word1;                    // of the page's row, if it is not raw
-    u32 place;                    // of the payload, in 16 bytes from payloads[page]
-};
-
-// Largest v of the block, from one slot a warp; the caller separates reuses of `slots` by a barrier.
-__device__ inline u32 slots_max(const u32* slots) {
-    const u32 lane = threadIdx.x & 31;
-    return __reduce_max_sync(FULL, lane < blockDim.x >> 5 ? slots[lane] : 0);
-}
-__device__ inline u64 slots_sum(const u64* slots) {
-    u64 sum = 0;
-    for (u32 w = 0; w < blockDim.x >> 5; w++) sum += slots[w];
-    return sum;
-}
-
-// 2.7 and 2.8: the step numbers of a page's parts. NO_STEP where the page must be raw. On return the page's last
-// chunk is loaded.
+// 2.7: the statistics of the parts whose bound needs them, in `shared` after the caller's next barrier. On return
+// the page's last chunk is loaded.
 template <typename T, bool FAST>
-__device__ void choose_steps(Page<T, FAST>& page, u32 chunks, const PartBound (&bound)[2], Shared& shared, int (&s)[2]) {
-    const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const u32 parts = page.g.kw == page.g.period ? 1 : 2;
-    u32 top[2] = {0, 0}, bottom[2] = {0, 0};
-    float t[2] = {0, 0}, largest = 0;   // largest: an upper limit of x^2 in the first group
-    s[1] = 0;
+__device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bound)[2], Shared& shared) {
+    const bool first_lane = (threadIdx.x & 31) == 0;
+    const u32 parts = page.g.parts();
+    u32 top[2] = {0, 0}, bottom[2] = {0, 0}, fine[2] = {0, 0};
+    float t[2] = {0, 0};
 
     for (u32 chunk = 0; chunk < chunks; chunk++) {
         if (!FAST) page.load(chunk);
@@ -283,115 +287,90 @@ __device__ void choose_steps(Page<T, FAST>& page, u32 chunks, const PartBound (&
         for (int h = 0; h < 2; h++) {
             const bool one = page.part(h);
             const int kind = one ? bound[1].kind : bound[0].kind;
-            u32 group_top = 0, group_bottom = 0;
             if (kind == KIND_ABS || !page.present(h)) continue;
+            u32 group_top = 0, group_bottom = 0;
+            bool simple;
             if (kind == KIND_RMS) {
-                bool simple;
                 t[h] = page.squares(h, simple);
-                if (h == 0) largest = simple ? t[h] : __int_as_float(0x7f800000);
                 group_top = __float_as_uint(t[h]);
             } else {
-                const bool all_finite = page.extremes(h, group_top, group_bottom);
-                const float x = fmaxf(fabsf(key_float(group_top)), fabsf(key_float(group_bottom)));
-                if (h == 0) largest = all_finite ? x * x : __int_as_float(0x7f800000);
+                simple = page.extremes(h, group_top, group_bottom);
             }
-            top[0] = max(top[0], one ? 0 : group_top), top[1] = max(top[1], one ? group_top : 0);
-            bottom[0] = max(bottom[0], one ? 0 : group_bottom), bottom[1] = max(bottom[1], one ? group_bottom : 0);
+            const u32 group_fine = simple ? fineness(Storage<T>::lo(page.pair[h][0])) : UNKNOWN;
+            #pragma unroll
+            for (int p = 0; p < 2; p++) {
+                top[p] = max(top[p], one == p ? group_top : 0);
+                bottom[p] = max(bottom[p], one == p ? group_bottom : 0);
+                fine[p] = max(fine[p], one == p ? group_fine : 0);
+            }
         }
     }
     #pragma unroll
     for (int p = 0; p < 2; p++) {
-        u32 a = __reduce_max_sync(FULL, top[p]), b = __reduce_max_sync(FULL, bottom[p]);
-        if (lane == 0) shared.top[p][warp] = a, shared.bottom[p][warp] = b;
-    }
-    __syncthreads();
-    #pragma unroll
-    for (int p = 0; p < 2; p++) top[p] = slots_max(shared.top[p]), bottom[p] = slots_max(shared.bottom[p]);
-
-    if (bound[0].kind == KIND_RMS || bound[1].kind == KIND_RMS) {
-        u64 sum[2] = {0, 0};
-        for (u32 chunk = 0; chunk < chunks; chunk++) {
-            if (!FAST) page.load(chunk);
-            u32 chunk_sum[2] = {0, 0};
-            #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const bool one = page.part(h);
-                if ((one ? bound[1].kind : bound[0].kind) != KIND_RMS || !page.present(h)) continue;
-                bool simple;
-                if (!FAST) t[h] = page.squares(h, simple);
-                // 2^(20-E), E = exponent of the largest t + 1; limited where the page will be raw anyway
-                const int scale = 127 + 20 + 126 - (int)max((one ? top[1] : top[0]) >> 23, 20u);
-                u32 part_of_sum = (u32)__fmul_rn(t[h], __uint_as_float((u32)scale << 23));
-                if (one) chunk_sum[1] += part_of_sum;
-                else chunk_sum[0] += part_of_sum;
-            }
-            #pragma unroll
-            for (int p = 0; p < 2; p++) sum[p] += warp_sum(chunk_sum[p]);
-        }
-        if (lane == 0) shared.sum[0][warp] = sum[0], shared.sum[1][warp] = sum[1];
-        __syncthreads();
-    }
-    bool seen[2] = {false, false};   // whether 2.8 applies
-    #pragma unroll
-    for (int p = 0; p < 2; p++) {
-        if (p >= parts) break;
-        bool zeros = false;
-        if (bound[p].kind == KIND_ABS) {
-            s[p] = bound[p].step;
-        } else if (bound[p].kind == KIND_RMS) {
-            const int exponent = (int)(top[p] >> 23) - 126;
-            if (top[p] == 0) zeros = true;
-            else if (exponent < -99 || top[p] >= 0x7f800000u) s[p] = NO_STEP;
-            else s[p] = step_number(__dmul_rn(bound[p].factor, (double)slots_sum(shared.sum[p])), exponent - 20, true);
-        } else {
-            const double highest = key_float(top[p]), lowest = -key_float(bottom[p]);
-            const double two_eb = __dmul_rn(bound[p].factor, __dsub_rn(highest, lowest));
-            if (top[p] == 0 || (highest == 0 && lowest == 0)) zeros = true;
-            else s[p] = two_eb > 0 ? step_number(two_eb, 0, false) : NO_STEP;
-        }
-        if (zeros) s[p] = 0;
-        if (s[p] < -STEP_LIMIT) s[p] = NO_STEP;
-        s[p] = min(s[p], STEP_LIMIT);
-        seen[p] = bound[p].kind != KIND_ABS && !zeros;
-    }
-    if (s[0] == NO_STEP || s[1] == NO_STEP) return;
-
-    // 2.8, first by one value of each group of two warps, which rules all candidates out on data not seen before
-    if (!seen[0] && !seen[1]) return;
-    u32 fits = (seen[0] ? 0x1ffu : 0) | (seen[1] ? 0x1ffu << 9 : 0);
-    if (warp == 0 || warp == blockDim.x >> 6) {
-        const int p = page.part(0);
-        const int step = p ? s[1] : s[0];
-        const float inverse = Quantiser(step).inverse;
-        // below this limit no candidate would escape the group
-        if (page.present(0) && (p ? seen[1] : seen[0]) && largest * inverse * inverse < 4194304.0f) {
-            const float x = Storage<T>::lo(page.pair[0][0]);
-            #pragma unroll 1
-            for (int d = 0; d < 9; d++) {
-                const int candidate = step + 4 - d;
-                bool escaped = false;
-                if (abs(candidate) > STEP_LIMIT || !on_grid(x, candidate, escaped)) {
-                    fits &= ~(1u << (9 * p + d));
-                }
-            }
+        if (p >= parts || bound[p].kind == KIND_ABS) continue;
+        top[p] = __reduce_max_sync(FULL, top[p]);
+        fine[p] = __reduce_max_sync(FULL, fine[p]);
+        if (bound[p].kind == KIND_REL) bottom[p] = __reduce_max_sync(FULL, bottom[p]);
+        if (first_lane) {
+            atomicMax(&shared.top[p], top[p]);
+            atomicMax(&shared.fine[p], fine[p]);
+            if (bound[p].kind == KIND_REL) atomicMax(&shared.bottom[p], bottom[p]);
         }
     }
-    fits = __reduce_and_sync(FULL, fits);
-    if (lane == 0) shared.fits[warp] = fits;
+    if (bound[0].kind != KIND_RMS && bound[1].kind != KIND_RMS) return;
     __syncthreads();
-    fits = __reduce_and_sync(FULL, lane < blockDim.x >> 5 ? shared.fits[lane] : FULL);
-    if (fits == 0) return;
+    for (u32 chunk = 0; chunk < chunks; chunk++) {
+        if (!FAST) page.load(chunk);
+        u32 sum[2] = {0, 0};
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const bool one = page.part(h);
+            if ((one ? bound[1].kind : bound[0].kind) != KIND_RMS || !page.present(h)) continue;
+            bool simple;
+            if (!FAST) t[h] = page.squares(h, simple);
+            // 2^(20-E), E = exponent of the largest t + 1; limited where the page will be raw anyway
+            const u32 scale = 127 + 20 + 126 - max(shared.top[one] >> 23, 20u);
+            const u32 term = (u32)__fmul_rn(t[h], __uint_as_float(scale << 23));
+            sum[0] += one ? 0 : term;
+            sum[1] += one ? term : 0;
+        }
+        #pragma unroll
+        for (int p = 0; p < 2; p++) {
+            if (p >= parts) continue;
+            sum[p] = warp_sum(sum[p]);
+            if (first_lane) atomicAdd(&shared.sum[p], (u64)sum[p]);
+        }
+    }
+}
 
-    // rare: look at every value
-    fits = groups_that_fit(page, fits, s[0], s[1]);
-    fits = __reduce_and_sync(FULL, fits);
-    __syncthreads();   // everybody has read shared.fits
-    if (lane == 0) shared.fits[warp] = fits;
-    __syncthreads();
-    fits = __reduce_and_sync(FULL, lane < blockDim.x >> 5 ? shared.fits[lane] : FULL);
-    if (fits & 0x1ff) s[0] += 5 - __ffs((int)(fits & 0x1ff));
-    if (fits >> 9) s[1] += 5 - __ffs((int)(fits >> 9));
-    if (FAST) page.load(0);   // rather than keeping it in registers meanwhile
+// 2.7, by one thread a part, from the statistics: step[p], NO_STEP where the page must be raw; and whether 2.8 may
+// apply. It does not if the sampled values have bits below the finest candidate's, and no group can be escaped.
+__device__ inline void choose_step(u32 p, const PartBound& bound, Shared& shared) {
+    int s = bound.step;
+    float limit = 0;   // an upper limit of the magnitudes
+    if (bound.kind == KIND_RMS) {
+        const u32 top = shared.top[p];
+        const int exponent = (int)(top >> 23) - 126;
+        limit = sqrtf(__uint_as_float(top));
+        if (top == 0) s = 0;
+        else if (exponent < -99 || top >= INFINITE_BITS) s = NO_STEP;
+        else s = step_number(__dmul_rn(bound.factor, (double)shared.sum[p]), exponent - 20, true);
+    } else if (bound.kind == KIND_REL) {
+        const float highest = key_float(shared.top[p]), lowest = -key_float(shared.bottom[p]);
+        const double two_eb = __dmul_rn(bound.factor, __dsub_rn((double)highest, (double)lowest));
+        limit = fmaxf(fabsf(highest), fabsf(lowest));
+        if (shared.top[p] == 0) limit = 0;   // no finite value
+        s = limit == 0 ? 0 : two_eb > 0 ? step_number(two_eb, 0, false) : NO_STEP;
+    }
+    s = s < -STEP_LIMIT ? NO_STEP : min(s, STEP_LIMIT);
+    shared.step[p] = s;
+    if (bound.kind == KIND_ABS || limit == 0 || s == NO_STEP) return;
+    const int finest = ((s - 4) >> 2) - 2;   // exponent of the finest candidate's unit
+    if ((int)shared.fine[p] <= 1000 - finest || !(limit * Quantiser(s).inverse < 2048.0f)) {
+        u32 candidates = 0;
+        for (int d = 0; d < 9; d++) candidates |= (u32)(abs(s + 4 - d) <= STEP_LIMIT) << d;
+        atomicOr(&shared.maybe_seen, candidates << 9 * p);
+    }
 }
 
 // Takes room for a payload from its region and returns where it is; 0 if payloads have slots of their own.
@@ -442,37 +421,60 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
 
     for (u32 index = blockIdx.x; index < num_pages; index += gridDim.x) {
         Page<T, FAST> page((const u16*)pages[index], g);
-        int s[2];
-        u32 check = 0, words = 0;   // words: plane words of the chunks so far
         bool raw = coding == CODING_RAW;
+        if (FAST && !raw) page.load(0);
+        if (tid == 0) shared.clear();
+        __syncthreads();
         if (!raw) {
-            if (FAST) page.load(0);
-            choose_steps<T, FAST>(page, chunks, bound, shared, s);
-            raw = s[0] == NO_STEP || s[1] == NO_STEP;
-            if (tid == 0) shared.word1 = (s[0] + STEP_BIAS) | (s[1] + STEP_BIAS) << 10 | CODING_FIXED << 20;
+            if (kind0 != KIND_ABS || kind1 != KIND_ABS) {
+                statistics(page, chunks, bound, shared);
+                __syncthreads();
+            }
+            if (tid < g.parts()) choose_step(tid, {tid ? kind1 : kind0, tid ? step1 : step0, tid ? factor1 : factor0}, shared);
+            __syncthreads();
+            if (shared.maybe_seen) {   // rare: look at every value
+                const u32 fits = __reduce_and_sync(FULL, groups_that_fit(page, shared.maybe_seen, shared.step));
+                __syncthreads();
+                if ((tid & 31) == 0) atomicAnd(&shared.maybe_seen, fits);
+                __syncthreads();
+                const u32 best = __ffs((int)(shared.maybe_seen >> 9 * (tid & 1) & 0x1ffu));
+                if (tid < 2 && best) shared.step[tid] += 5 - (int)best;
+                __syncthreads();
+                if (FAST) page.load(0);   // rather than keeping it in registers meanwhile
+            }
+            raw = shared.step[0] == NO_STEP || shared.step[1] == NO_STEP;
         }
+        u32 words = 0;   // plane words of the chunks so far
         if (!FAST && !raw) {   // the size first, since it decides where the payload goes
-            u32 all_words = 0;
             for (u32 chunk = 0; chunk < chunks; chunk++) {
                 page.load(chunk);
-                u32 chunk_words = code_words(page.quantise(0, page.part(0) ? s[1] : s[0]));
-                chunk_words += code_words(page.quantise(1, page.part(1) ? s[1] : s[0]));
+                u32 chunk_words = code_words(page.width_code(0, Quantiser(shared.step[page.part(0)])));
+                chunk_words += code_words(page.width_code(1, Quantiser(shared.step[page.part(1)])));
                 block_scan(chunk_words, shared.scan, chunk_words);
-                all_words += chunk_words;
+                words += chunk_words;
                 __syncthreads();   // shared.scan is free again
             }
-            raw = 4ull * (first_word + all_words) >= 2ull * values;
-            if (tid == 0) shared.place = raw ? 0 : reserve(4 * (first_word + all_words), index, regions, cursors);
+            raw = 4ull * (first_word + words) >= 2ull * values;
+            if (tid == 0 && !raw) shared.place = reserve(4 * (first_word + words), index, regions, cursors);
+            words = 0;
         }
+        u32 check = 0;
         for (u32 chunk = 0; chunk < chunks && !raw; chunk++) {
             if (!FAST) page.load(chunk);
-            u32 codes = page.quantise(0, page.part(0) ? s[1] : s[0]);
-            codes |= page.quantise(1, page.part(1) ? s[1] : s[0]) << 4;
-            ((u8*)shared.codes)[tid] = (u8)codes;
-            transpose(page.pair[0]);
-            transpose(page.pair[1]);
+            const Quantiser quantiser(shared.step[page.part(0)]);
+            const Quantiser quantiser1 = FAST ? quantiser : Quantiser(shared.step[page.part(1)]);
+            const u32 code0 = page.width_code(0, quantiser), code1 = page.width_code(1, quantiser1);
+            ((u8*)shared.codes)[tid] = (u8)(code0 | code1 << 4);
+            const bool narrow = __all_sync(FULL, max(code0, code1) <= NARROW_CODE);
+            if (narrow) {
+                page.narrow_planes(0, quantiser);
+                page.narrow_planes(1, quantiser1);
+            } else {
+                page.planes(0, code0, quantiser);
+                page.planes(1, code1, quantiser1);
+            }
             u32 chunk_words;
-            u32 at = block_scan(code_words(codes & 15) + code_words(codes >> 4), shared.scan, chunk_words);
+            u32 at = block_scan(code_words(code0) + code_words(code1), shared.scan, chunk_words);
             if (FAST) {
                 raw = 4 * (first_word + chunk_words) >= 2 * values;
                 if (raw) break;
@@ -482,9 +484,15 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             at += shift;
             #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const u32 code = h ? codes >> 4 : codes & 15;
+                const u32 code = ((const u8*)shared.codes)[tid] >> 4 * h & 15;   // rather than kept in registers
                 const u32 magnitudes = code == CODE_ESCAPE ? 15 : code - 1;
-                if (code) {
+                if (narrow) {
+                    #pragma unroll
+                    for (u32 p = 0; p < 7; p++) {
+                        if (p + 1 < code) image[at + p] = page.pair[h][p];
+                    }
+                    if (code) image[at + magnitudes] = page.pair[h][7];
+                } else if (code) {
                     #pragma unroll
                     for (u32 p = 0; p < 15; p++) {
                         if (p < magnitudes) image[at + p] = page.pair[h][p];
@@ -523,20 +531,20 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             if (!FAST) __syncthreads();   // the image and the codes are free again
         }
         if (raw) {
+            __syncthreads();   // nobody reads shared.place of a chunk any more
             if (tid == 0) shared.place = reserve(2 * values, index, regions, cursors);
             __syncthreads();
             check = write_raw((const u16*)pages[index], values, (u32*)payloads[index] + 4ull * shared.place);
         }
         check = warp_sum(check);
-        if ((tid & 31) == 0) shared.check[tid >> 5] = check;
-        __syncthreads();   // also: the image, the codes and every slot are free for the next page
-        if (tid == 0) {
-            const u32 word1 = raw ? STEP_BIAS | STEP_BIAS << 10 | CODING_RAW << 20 : shared.word1;
+        if ((tid & 31) == 0) atomicAdd(&shared.check, check);
+        __syncthreads();
+        if (tid == 0) {   // which clears `shared` for the next page after this, and all others wait for that
+            const u32 step0 = raw ? 0 : shared.step[0], step1 = raw ? 0 : shared.step[1];
+            const u32 word1 = (step0 + STEP_BIAS) | (step1 + STEP_BIAS) << 10 | (raw ? CODING_RAW : CODING_FIXED) << 20;
             const u32 payload_bytes = raw ? 2 * values : 4 * (first_word + words);
-            check = header_checksum<T>(g, word1, payload_bytes);
-            for (u32 w = 0; w < blockDim.x >> 5; w++) check += shared.check[w];
-            rows[index] = make_uint4(word1, payload_bytes, check, shared.place);
+            rows[index] = make_uint4(word1, payload_bytes, header_checksum<T>(g, word1, payload_bytes) + shared.check,
+                                     shared.place);
         }
-        if (index + gridDim.x < num_pages) __syncthreads();   // thread 0 has read shared.check
     }
 }
