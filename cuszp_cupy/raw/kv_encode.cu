@@ -61,9 +61,11 @@ __device__ inline float key_float(u32 key) {
 
 // 1000 - exponent of the lowest bit set in x; 0 for zeros. Denormals count as finer than they are, which is finer
 // than any step all the same.
-__device__ inline u32 fineness(float x) {
+template <typename T>
+__device__ u32 fineness(float x) {
     const u32 b = __float_as_uint(x) & 0x7fffffffu;
-    return b == 0 ? 0 : 1150 - (b >> 23) - (__ffs((b & 0x7fffffu) | 0x800000u) - 1);
+    if (b == 0 || fabsf(x) == Storage<T>::largest) return 0;   // both lie on grids of any step
+    return 1150 - (b >> 23) - (__ffs((b & 0x7fffffu) | 0x800000u) - 1);
 }
 
 // 2.6: |x| to 2^23 + q as a float's bits. Not below 2^23 + 2^13 where q is too large or x not finite.
@@ -243,10 +245,11 @@ struct Page {
 };
 
 // 2.8: whether x lies on the grid of s; sets `escaped` if its magnitude there is too large for a width code.
-__device__ inline bool on_grid(float x, int s, bool& escaped) {
+template <typename T>
+__device__ bool on_grid(float x, int s, bool& escaped) {
     const float q = __uint_as_float(Quantiser(s)(fabsf(x)));
     escaped |= !(q <= MAGIC_FLOAT + (float)MAGNITUDE_MASK);
-    return Grid(s).point(q) == fabsf(x);
+    return fminf(Grid(s).point(q), Storage<T>::largest) == fabsf(x);
 }
 
 // 2.8, exactly: those bits of shared.maybe_seen on whose grids all of this thread's groups lie.
@@ -263,8 +266,8 @@ __device__ u32 groups_that_fit(const Page<T, FAST>& page, u32 fits, const int (&
             #pragma unroll 1
             for (int i = 0; i < 16; i++) {
                 const u32 v = page.pair_at(group, i);
-                all_on &= on_grid(Storage<T>::lo(v), candidate, escaped);
-                all_on &= on_grid(Storage<T>::hi(v), candidate, escaped);
+                all_on &= on_grid<T>(Storage<T>::lo(v), candidate, escaped);
+                all_on &= on_grid<T>(Storage<T>::hi(v), candidate, escaped);
             }
             if (!all_on && !escaped) fits &= ~(1u << (9 * p + d));
         }
@@ -296,7 +299,7 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
             } else {
                 simple = page.extremes(h, group_top, group_bottom);
             }
-            const u32 group_fine = simple ? fineness(Storage<T>::lo(page.pair[h][0])) : UNKNOWN;
+            const u32 group_fine = simple ? fineness<T>(Storage<T>::lo(page.pair[h][0])) : UNKNOWN;
             #pragma unroll
             for (int p = 0; p < 2; p++) {
                 top[p] = max(top[p], one == p ? group_top : 0);
@@ -345,7 +348,8 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
 
 // 2.7, by one thread a part, from the statistics: step[p], NO_STEP where the page must be raw; and whether 2.8 may
 // apply. It does not if the sampled values have bits below the finest candidate's, and no group can be escaped.
-__device__ inline void choose_step(u32 p, const PartBound& bound, Shared& shared) {
+template <typename T>
+__device__ void choose_step(u32 p, const PartBound& bound, Shared& shared) {
     int s = bound.step;
     float limit = 0;   // an upper limit of the magnitudes
     if (bound.kind == KIND_RMS) {
@@ -362,7 +366,7 @@ __device__ inline void choose_step(u32 p, const PartBound& bound, Shared& shared
         if (shared.top[p] == 0) limit = 0;   // no finite value
         s = limit == 0 ? 0 : two_eb > 0 ? step_number(two_eb, 0, false) : NO_STEP;
     }
-    s = s < -STEP_LIMIT ? NO_STEP : min(s, STEP_LIMIT);
+    s = s < Storage<T>::lowest_step ? NO_STEP : min(s, STEP_LIMIT);
     shared.step[p] = s;
     if (bound.kind == KIND_ABS || limit == 0 || s == NO_STEP) return;
     const int finest = ((s - 4) >> 2) - 2;   // exponent of the finest candidate's unit
@@ -430,7 +434,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
                 statistics(page, chunks, bound, shared);
                 __syncthreads();
             }
-            if (tid < g.parts()) choose_step(tid, {tid ? kind1 : kind0, tid ? step1 : step0, tid ? factor1 : factor0}, shared);
+            if (tid < g.parts()) choose_step<T>(tid, {tid ? kind1 : kind0, tid ? step1 : step0, tid ? factor1 : factor0}, shared);
             __syncthreads();
             if (shared.maybe_seen) {   // rare: look at every value
                 const u32 fits = __reduce_and_sync(FULL, groups_that_fit(page, shared.maybe_seen, shared.step));
