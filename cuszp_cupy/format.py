@@ -111,7 +111,7 @@ non-finite values and -0.0 come back bit for bit.
     In float64, with A the bound's value and n the number of values in the part:
 
     abs   2 eb = 2 A
-    rel   2 eb = (2 A) (max - min), over the finite values
+    rel   2 eb = (2 A) (max - min), over the finite values, padding left out
     rms   (2 eb)^2 = ((4 A A) / n) S 2^(E-20), compared with f^2: S is an integer sum over the groups of the part.
           t = sum of the squares of a group in float32: pairs in order, first and second values each summed
           apart by fused multiply-add from 0, the two sums then added; non-finite values are left out.

@@ -311,14 +311,16 @@ def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
 def _steps(groups, dtype, geometry, bounds) -> tuple[int, ...] | None:
     """2.7 and 2.8: one step number a part, or None where the page must be raw."""
     part_of_group = _part_of_group(geometry)
+    present = np.arange(groups.size).reshape(groups.shape) < geometry.values  # padding is no data
     steps = []
     for part, (bound, n) in enumerate(zip(bounds, geometry.part_values, strict=True)):
         x = _floats(groups[part_of_group == part], dtype)
-        x_finite = np.where(np.isfinite(x), x, np.float32(0))
+        finite = np.isfinite(x) & present[part_of_group == part]
+        x_finite = np.where(finite, x, np.float32(0))
         if bound.kind != "abs" and not x_finite.any():
             steps.append(0)
             continue
-        s = _step_for(bound, n, x, x_finite)
+        s = _step_for(bound, n, x_finite, finite)
         if s is None or s < LOWEST_STEP[dtype]:
             return None
         s = min(s, STEP_LIMIT)
@@ -326,18 +328,18 @@ def _steps(groups, dtype, geometry, bounds) -> tuple[int, ...] | None:
     return tuple(steps)
 
 
-def _step_for(bound, n, x, x_finite) -> int | None:
+def _step_for(bound, n, x_finite, finite) -> int | None:
     """2.7: the step number, unlimited; None if the statistic is out of float32's range."""
     if bound.kind == "abs":
         return step_number(2 * bound.value)
     if bound.kind == "rel":
-        finite = x[np.isfinite(x)].astype(np.float64)
-        two_eb = 2 * bound.value * (finite.max() - finite.min())
+        values = x_finite[finite].astype(np.float64)
+        two_eb = 2 * bound.value * (values.max() - values.min())
         return step_number(two_eb) if two_eb > 0 else None
     # "pairs in order, first and second values each summed apart by fused multiply-add from 0"; squares of
     # 16-bit floats are exact in float32 unless they leave its range, so the fused result is the rounded sum
     # of the exact square, which float64 holds, too.
-    sums = np.zeros((x.shape[0], 2), np.float32)
+    sums = np.zeros((len(x_finite), 2), np.float32)
     with np.errstate(over="ignore"):
         for pair in range(16):
             square = x_finite[:, pair].astype(np.float64) ** 2
@@ -347,7 +349,8 @@ def _step_for(bound, n, x, x_finite) -> int | None:
         return None
     exponent = math.frexp(t.max())[1]
     total = int(np.trunc(np.ldexp(t.astype(np.float64), 20 - exponent)).astype(np.int64).sum())
-    return step_number(4 * bound.value * bound.value / n * total, exponent - 20, squared=True)
+    two_eb_squared = 4 * bound.value * bound.value / n * total
+    return step_number(two_eb_squared, exponent - 20, squared=True) if two_eb_squared > 0 else None
 
 
 def _step_seen_before(x: np.ndarray, s: int, dtype: str) -> int:

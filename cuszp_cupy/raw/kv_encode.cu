@@ -188,9 +188,10 @@ struct Page {
             #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const bool good = finite(x[j]);
+                const bool counts = good && (FAST || (first + h) * 32 + 2 * i + j < g.values);   // no padding
                 all_finite &= good;
-                top = max(top, good ? float_key(x[j]) : 0);
-                bottom = max(bottom, good ? float_key(-x[j]) : 0);
+                top = max(top, counts ? float_key(x[j]) : 0);
+                bottom = max(bottom, counts ? float_key(-x[j]) : 0);
             }
         }
         return all_finite;
