@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from ..bound import Bound
-from ..format import CODINGS, DTYPES, STEP_LIMIT, TILE_TOKENS, Geometry, step_number
+from ..format import CODINGS, DTYPES, LOWEST_STEP, STEP_LIMIT, TILE_TOKENS, Geometry, step_number
 from . import kernel
 
 MAX_THREADS = 512  # as in kv_common.cuh; each thread takes two groups
@@ -57,7 +57,7 @@ def encode(
     fast = aligned and _threads(geometry)[1] and not any(w % 4 for w in _widths(geometry))
     parts = [_part(bound, n) for bound, n in zip(bounds, geometry.part_values, strict=True)]
     kind, step, factor = zip(*(parts * 2)[:2], strict=True)
-    raw = coding == "raw" or any(k == 0 and s < -STEP_LIMIT for k, s, _ in parts)
+    raw = coding == "raw" or any(k == 0 and s < LOWEST_STEP[dtype] for k, s, _ in parts)
     _launch(
         "kv_encode", dtype, fast, geometry, num_pages, blocks,
         (

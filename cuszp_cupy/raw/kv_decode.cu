@@ -35,15 +35,15 @@ __device__ inline u32 load_words(const u8* payload, u32 bytes, u32 begin, u32 co
     const u32 end = begin + count, base = begin & ~3u, whole = min(end, bytes / 16 * 4);
     const uint4* const from = (const uint4*)payload;
     u32 check = 0;
-    for (u32 first = base + 4 * threadIdx.x; first < whole; first += 16 * blockDim.x) {
-        uint4 w[4];   // several loads under way at once
+    for (u32 first = base + 4 * threadIdx.x; first < whole; first += 12 * blockDim.x) {
+        uint4 w[3];   // several loads under way at once
         #pragma unroll
-        for (u32 j = 0; j < 4; j++) {
+        for (u32 j = 0; j < 3; j++) {
             const u32 i = first + 4 * j * blockDim.x;
             if (i < whole) w[j] = from[i / 4];
         }
         #pragma unroll
-        for (u32 j = 0; j < 4; j++) {
+        for (u32 j = 0; j < 3; j++) {
             const u32 i = first + 4 * j * blockDim.x;
             if (i >= whole) break;
             image[(i - base) / 4] = w[j];
@@ -70,9 +70,9 @@ __device__ inline u32 load_words(const u8* payload, u32 bytes, u32 begin, u32 co
 
 // A group to the page.
 template <bool FAST>
-__device__ void store_group(u16* data, const Geometry& g, u32 group, const u32 (&pair)[16]) {
+__device__ void store_group(u16* data, const Geometry& g, u32 offset, u32 group, const u32 (&pair)[16]) {
     if constexpr (FAST) {
-        u32* p = (u32*)(data + g.offset(group));
+        u32* p = (u32*)(data + offset);
         const u32 stride = g.pair_stride / 2;
         #pragma unroll
         for (int i = 0; i < 16; i++, p += stride) *p = pair[i];
@@ -83,7 +83,6 @@ __device__ void store_group(u16* data, const Geometry& g, u32 group, const u32 (
             for (int i = 0; i < 4; i++) p[i] = make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
             return;
         }
-        const u32 offset = g.offset(group);
         #pragma unroll
         for (int i = 0; i < 16; i++) {
             const u32 at = offset + i * g.pair_stride;
@@ -93,23 +92,42 @@ __device__ void store_group(u16* data, const Geometry& g, u32 group, const u32 (
     }
 }
 
-// 2.3 and 2.5 for one group whose words lie at `words`.
+// 2.3 and 2.5 for one group whose words lie at `words`. The whole warp comes here together; `code` is 0 for a
+// thread that has no group.
 template <typename T>
 __device__ void dequantise(const u32* words, u32 code, int s, u32 (&pair)[16]) {
-    const u32 magnitudes = code == CODE_ESCAPE ? 15 : code - 1;
+    const u32 magnitudes = code == CODE_ESCAPE ? 15 : code - 1;   // planes before the plane of signs
+    const Grid grid(s);
+    if (__all_sync(FULL, code <= NARROW_CODE)) {
+        u32 r[8];
+        #pragma unroll
+        for (u32 p = 0; p < 7; p++) r[p] = p + 1 < code ? words[p] : 0;
+        r[7] = code ? words[magnitudes] : 0;
+        swap_bits(r, 0);
+        // bytes of r[i]: pair i's first value, pair i + 8's first, pair i's second, pair i + 8's second
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const u32 q = r[i] & 0x7f7f7f7fu;
+            const float a = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7440));
+            const float b = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7442));
+            const float c = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7441));
+            const float d = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7443));
+            pair[i] = Storage<T>::pack(grid.point(a), grid.point(b)) | (__byte_perm(r[i], 0, 0x2404) & 0x80008000u);
+            pair[i + 8] = Storage<T>::pack(grid.point(c), grid.point(d)) | (__byte_perm(r[i], 0, 0x3414) & 0x80008000u);
+        }
+        return;
+    }
     #pragma unroll
     for (u32 p = 0; p < 15; p++) pair[p] = code && p < magnitudes ? words[p] : 0;
     pair[15] = code ? words[magnitudes] : 0;
     transpose(pair);
     if (code == CODE_ESCAPE) return;
-    const Grid grid(s);
     #pragma unroll
     for (int i = 0; i < 16; i++) {
-        // an integer below 2^23 in the low bits of 2^23 is that float plus 2^23
         const u32 q = pair[i] & 0x7fff7fffu;
-        const float x = __uint_as_float(__byte_perm(q, 0x4b000000u, 0x7410)) - 8388608.0f;
-        const float y = __uint_as_float(__byte_perm(q, 0x4b000000u, 0x7432)) - 8388608.0f;
-        pair[i] = Storage<T>::pack(grid.point(x), grid.point(y)) | (pair[i] & 0x80008000u);
+        const float a = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7410));
+        const float b = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7432));
+        pair[i] = Storage<T>::pack(grid.point(a), grid.point(b)) | (pair[i] & 0x80008000u);
     }
 }
 
@@ -203,12 +221,14 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
             } else {
                 #pragma unroll 1   // one group in registers at a time
                 for (u32 h = 0; h < 2; h++) {
-                    const u32 group = first_group + h * blockDim.x + tid;
-                    if (group >= groups) break;
-                    u32 pair[16];
+                    const u32 i = h * blockDim.x + tid, group = first_group + i;
+                    const bool present = group < groups;
+                    u32 pair[16], part = 0, offset = 0;
+                    if (FAST) offset = g.locate(group, part);
+                    else if (present) offset = g.offset(group), part = g.part(group);
                     dequantise<T>(image + (h ? words_before + (at >> 16) : at & 0xffffu),
-                                  code_of(shared, h * blockDim.x + tid), g.part(group) ? s1 : s0, pair);
-                    store_group<FAST>(page, g, group, pair);
+                                  present ? code_of(shared, i) : 0, part ? s1 : s0, pair);
+                    if (present) store_group<FAST>(page, g, offset, group, pair);
                 }
             }
             __syncthreads();   // the image is free for the next chunk or page
