@@ -120,6 +120,19 @@ def test_strict_bound_at_the_ends_of_bfloat16(eb):
         check_page(bits.view(BFLOAT16).reshape(1, -1), eb)
 
 
+@pytest.mark.parametrize("kind", ["rms", "rel"])
+def test_steps_change_where_the_bound_says(kind):
+    """+-x has the rms x and the range 2 x; x has 11 bits, so that no grid of these steps holds it (2.8)."""
+    x = 1027 / 1024
+    page = to_dtype(np.resize([x, -x], (16, 32)), FLOAT16)
+    for s in range(-16, 4):
+        two_eb = step_size(s) * (1 if s % 4 == 0 else 1 + 2**-16)  # 2.7: from here on the step is s
+        value = two_eb / 2 / (x if kind == "rms" else 2 * x)
+        for factor, expected in ((1 + 1e-6, s), (1 - 1e-6, s - 1)):
+            blob = encode_page(page, f"{kind}:{value * factor!r}")
+            assert PageHeader.parse(blob).steps[0] == expected
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (1, 33), (3, 31)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_does_not_count(dtype, shape):
@@ -258,6 +271,15 @@ def test_the_coarsest_grid_that_fits_is_taken():
     page = to_dtype(np.full((16, 2), 1.0), FLOAT16)
     assert PageHeader.parse(encode_page(page, "abs:0.15")).steps[0] == -8
     assert PageHeader.parse(encode_page(page, "rms:0.15")).steps[0] == -4
+
+
+def test_groups_with_nan_lie_on_every_grid():
+    """As before, in 15 of 16 groups; the other keeps its 1.3 beside a NaN."""
+    page = to_dtype(np.full((16, 32), 1.3), BFLOAT16)
+    page[3, 5] = np.nan
+    once = check_page(page, "rms:0.45")
+    assert np.count_nonzero(once == 1) == 15 * 32
+    assert_again_unchanged(once, "rms:0.45")
 
 
 @pytest.mark.parametrize("bound", ["rel:0.0795", "rms:0.3"])
