@@ -11,11 +11,11 @@ from importlib import metadata, resources
 import pytest
 
 from cuszp_cupy import raw
-from cuszp_cupy.raw import cuszp, kv
+from cuszp_cupy.raw import copy, cuszp, kv
 
 # A100, H100, B200: the first and the last have instructions, and register pressure, that the middle has not.
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-KERNELS = {**cuszp.KERNELS, **kv.KERNELS}
+KERNELS = {**copy.KERNELS, **cuszp.KERNELS, **kv.KERNELS}
 FOLDER = resources.files(raw)
 SOURCES = sorted(path.name.removesuffix(".cu") for path in FOLDER.iterdir() if path.name.endswith(".cu"))
 

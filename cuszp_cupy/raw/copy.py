@@ -104,9 +104,7 @@ def _batch_function():
     except (OSError, AttributeError):
         return None
     pointer, status = ctypes.c_void_p(), ctypes.c_int()
-    failed = find(
-        b"cuMemcpyBatchAsync", ctypes.byref(pointer), 12080, ctypes.c_uint64(0), ctypes.byref(status)
-    )
+    failed = find(b"cuMemcpyBatchAsync", ctypes.byref(pointer), 12080, ctypes.c_uint64(0), ctypes.byref(status))
     if failed or not pointer.value:
         return None
     size, address = ctypes.c_size_t, ctypes.c_void_p

@@ -1,0 +1,230 @@
+"""Where pages lie on the host, and in what pieces they travel: NumPy on addresses, knows no CUDA.
+
+A *region* is a stretch of host memory that pages are packed into: a part of the arena, or one of the
+caller's rows. A *span* is a stretch that one load copies. Addresses, sizes: bytes, int64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: Gaps between payloads that a load copies along rather than starting another copy: a call costs what 64 KiB
+#: on the link do. The smaller limits apply where gaps would make up more than a fifth of what is copied.
+GAPS = (1 << 16, 1 << 12, 0)
+WIDEN = 1.15  # rows are copied to one width, which makes one 2-D copy of them, if that costs no more than this
+MAX_PITCH = 2**31 - 1  # of cudaMemcpy2D
+
+
+class Arena:
+    """Byte ranges of a buffer: taken in whole units, given back in any pieces; neighbours grow together.
+
+    Args:
+        nbytes: bytes of the buffer; ranges are offsets into it.
+
+    >>> arena = Arena(1000)
+    >>> arena.reserve(5, unit=100, most=3)
+    (array([  0, 300]), array([3, 2]))
+    >>> arena.release(np.array([50, 200]), np.array([150, 300]))
+    >>> arena.free_bytes, arena.largest_free
+    (700, 500)
+    """
+
+    def __init__(self, nbytes: int):
+        self.nbytes = int(nbytes)
+        # free ranges, sorted, none empty, no two touching; replaced, never changed in place (see `restore`)
+        self._starts, self._ends = np.array([0][:nbytes], np.int64), np.array([nbytes][:nbytes], np.int64)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are not taken."""
+        return int((self._ends - self._starts).sum())
+
+    @property
+    def largest_free(self) -> int:
+        """Bytes of the largest free range."""
+        return int((self._ends - self._starts).max(initial=0))
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of the free bytes that lies outside the largest free range: 0 (one range) to nearly 1."""
+        return 1 - self.largest_free / self.free_bytes if self.free_bytes else 0.0
+
+    def reserve(self, num: int, unit: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Take ``num`` units of ``unit`` bytes, in ranges of at most ``most`` units; return (offsets, units).
+
+        Each range comes from the smallest free range with room for it; where none has, the largest ones are
+        used up first.
+
+        Raises:
+            MemoryError: too few units fit; nothing is taken then.
+        """
+        starts, ends = self._starts.copy(), self._ends
+        room = (ends - starts) // unit
+        if num > int(room.sum()):
+            raise MemoryError(f"{num} x {unit} bytes do not fit into {self.free_bytes} free bytes")
+        offsets, units = [], []
+        left = num
+        while left:
+            fits = np.flatnonzero(room >= min(left, most))
+            if fits.size:
+                hole = fits[np.argmin(room[fits])]
+                taken = min(left, most)
+                holes, takes = np.array([hole]), np.array([taken])
+            else:
+                holes = np.argsort(-room, kind="stable")
+                takes = np.minimum(room[holes], np.maximum(left - (np.cumsum(room[holes]) - room[holes]), 0))
+                holes, takes = holes[takes > 0], takes[takes > 0]
+            offsets.append(starts[holes])
+            units.append(takes)
+            starts[holes] += takes * unit
+            room[holes] -= takes
+            left -= int(takes.sum())
+        keep = starts < ends
+        self._starts, self._ends = starts[keep], ends[keep]
+        if not num:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.concatenate(offsets), np.concatenate(units)
+
+    def release(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        """Give back the ranges [start, end), in any order; empty ones are ignored."""
+        some = starts < ends
+        if not some.any():
+            return
+        starts, ends = np.concatenate([self._starts, starts[some]]), np.concatenate([self._ends, ends[some]])
+        order = np.argsort(starts)
+        starts, ends = starts[order], ends[order]
+        assert starts[0] >= 0 and ends.max() <= self.nbytes and (starts[1:] >= ends[:-1]).all(), "freed twice"
+        apart = starts[1:] > ends[:-1]
+        self._starts = starts[np.concatenate([[True], apart])]
+        self._ends = ends[np.concatenate([apart, [True]])]
+
+    def snapshot(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the state, for ``restore``."""
+        return self._starts, self._ends
+
+    def restore(self, state: tuple[np.ndarray, np.ndarray]) -> None:
+        """Go back to a state that ``snapshot`` returned."""
+        self._starts, self._ends = state
+
+
+def complement(starts, ends, inner_starts, inner_ends) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the outer ranges hold besides the inner ones; all disjoint, each inner one within an outer.
+
+    >>> complement(np.array([0, 50]), np.array([40, 60]), np.array([10]), np.array([30]))
+    (array([ 0, 30, 50]), array([10, 40, 60]))
+    """
+    return np.sort(np.concatenate([starts, inner_ends])), np.sort(np.concatenate([ends, inner_starts]))
+
+
+class Predictor:
+    """How much of its raw size a region will take: the largest share seen of late, which fades slowly.
+
+    Until something was seen, 1.
+    """
+
+    def __init__(self):
+        self.share = 1.0
+        self._seen = False
+
+    def update(self, shares: np.ndarray) -> None:
+        """Take note of the shares that some regions took."""
+        if not len(shares):
+            return
+        highest = float(shares.max())
+        if self._seen:
+            highest = max(highest, self.share - (self.share - highest) / 8)
+        self.share, self._seen = highest, True
+
+    def predict(self, sizes: np.ndarray, margin: float) -> np.ndarray:
+        """Return the bytes to expect of regions of raw ``sizes``: at most those, rounded up to 16."""
+        return np.minimum(sizes, (np.ceil(sizes * (self.share * margin / 16)) * 16).astype(np.int64))
+
+
+def row_regions(slots: np.ndarray, pages_per_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group a store's slots by rows: one region a row that is wholly there, one a slot elsewhere.
+
+    Returns:
+        (order of the pages, first page of each region and the end, slot at the start of each region)
+
+    >>> order, first, home = row_regions(np.array([5, 2, 0, 3]), 2)
+    >>> order.tolist(), first.tolist(), home.tolist()
+    ([1, 3, 2, 0], [0, 2, 3, 4], [2, 0, 5])
+    """
+    order = np.arange(slots.size) if (slots[1:] > slots[:-1]).all() else np.argsort(slots)
+    row = slots[order] // pages_per_row
+    first = np.flatnonzero(np.diff(row, prepend=-1))
+    counts = np.diff(first, append=slots.size)
+    full = np.repeat(counts == pages_per_row, counts)
+    order = np.concatenate([order[full], order[~full]])
+    num_full = int(full.sum())
+    first = np.concatenate([np.arange(0, num_full, pages_per_row), np.arange(num_full, slots.size + 1)])
+    return order, first, slots[order[first[:-1]]]
+
+
+def tiles(first: np.ndarray, tile_pages: int) -> list[int]:
+    """Return the bounds of tiles in regions, ``first`` being the regions' first pages and the end.
+
+    >>> tiles(np.array([0, 2, 4, 5]), 4)
+    [0, 2, 3]
+    """
+    bounds = [0]
+    while bounds[-1] < len(first) - 1:
+        end = int(np.searchsorted(first, first[bounds[-1]] + tile_pages, side="right")) - 1
+        assert end > bounds[-1], "a region is larger than a tile"
+        bounds.append(end)
+    return bounds
+
+
+def spans(starts, ends, tile_pages: int, tile_bytes: int, base: int = 0, stride: int = 0):
+    """Cut a load, its payloads sorted by address, into tiles of pages and spans to copy.
+
+    Args:
+        starts, ends: of the payloads, multiples of 16.
+        tile_pages, tile_bytes: pages and copied bytes of a tile at most; tile_pages payloads fit tile_bytes.
+        base, stride: of the rows, which spans do not cross; no rows if stride is 0.
+
+    Returns:
+        (first span of each tile and the end, first page of each span, starts and ends of the spans, position
+        of each span in its tile)
+    """
+    n = starts.size
+    tile = np.arange(n) // tile_pages
+    row = (starts - base) // stride if stride else np.zeros(n, np.int64)
+    apart = (tile[1:] != tile[:-1]) | (row[1:] != row[:-1])
+    reach = np.maximum.accumulate(ends)
+    for gap in GAPS:
+        new = np.concatenate([[True], apart | (starts[1:] - reach[:-1] > gap)])
+        first = np.flatnonzero(new)
+        span_starts, span_ends = starts[first], np.maximum.reduceat(ends, first)
+        span_tile = tile[first]
+        first_span = np.flatnonzero(np.diff(span_tile, prepend=-1))
+        copied = np.add.reduceat(span_ends - span_starts, first_span)
+        if copied.max() <= tile_bytes and copied.sum() * 4 <= (ends - starts).sum() * 5:
+            break
+    if stride:
+        num_spans = np.diff(first_span, append=first.size)
+        origin = base + row[first] * stride
+        low = np.minimum.reduceat(span_starts - origin, first_span)
+        high = np.maximum.reduceat(span_ends - origin, first_span)
+        wide = (high - low) * num_spans
+        rows_once = np.add.reduceat(np.diff(row[first], prepend=-1) != 0, first_span) == num_spans
+        widen = np.repeat(rows_once & (wide <= copied * WIDEN) & (wide <= tile_bytes), num_spans)
+        span_starts = np.where(widen, origin + np.repeat(low, num_spans), span_starts)
+        span_ends = np.where(widen, origin + np.repeat(high, num_spans), span_ends)
+    position = np.cumsum(span_ends - span_starts) - (span_ends - span_starts)
+    position -= np.repeat(position[first_span], np.diff(first_span, append=first.size))
+    return np.append(first_span, first.size), first, span_starts, span_ends, position
+
+
+def runs(dst: np.ndarray, src: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Return the first index of each run of copies of one width at equal distances: one 2-D copy each.
+
+    >>> runs(np.array([0, 10, 20, 50]), np.array([0, 30, 60, 90]), np.array([8, 8, 8, 8])).tolist()
+    [0, 3]
+    """
+    if dst.size == 1:
+        return np.zeros(1, np.int64)
+    to, by = np.diff(dst), np.diff(src)
+    link = (width[1:] == width[:-1]) & (np.minimum(to, by) >= width[1:]) & (np.maximum(to, by) <= MAX_PITCH)
+    same = np.concatenate([[True], ~link[:-1] | ((to[1:] == to[:-1]) & (by[1:] == by[:-1]))])
+    return np.concatenate([[0], np.flatnonzero(~(link & same)) + 1])

@@ -1,0 +1,123 @@
+"""Transport ``auto``: measure this machine, expect each transport's time, pick the shortest, say why."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .codec import mapped_pointer
+from .format import ROW_WORDS
+
+SAMPLE_PAGES = 8  # different ones; repeated to a tile
+REPEATS = 3
+
+
+def measure(pipeline) -> dict[str, float]:
+    """Return GB/s of link and codec, launch cost in us, and the ratio, on pages of noise. Waits, allocates.
+
+    The pipeline must be idle: its ring is the working memory. Compiles the kernels.
+    """
+    cuda, runtime = pipeline._cupy.cuda, pipeline._runtime
+    store, load = pipeline._lanes["store"], pipeline._lanes["load"]
+    num, slot_bytes = min(pipeline._tile_pages, pipeline.num_slots), pipeline._slot_bytes
+    nbytes = num * slot_bytes
+    host = pipeline._pinned(nbytes)
+    mapped = mapped_pointer(host.ctypes.data, "calibration memory")
+    noise = np.random.default_rng(0).standard_normal(min(num, SAMPLE_PAGES) * slot_bytes // 2)
+    host[...] = np.resize(noise.astype(np.float32).astype(pipeline.dtype).view(np.uint8), nbytes)
+    raw, packed = load.buffers[0].address, store.buffers[0].address
+    block, places = pipeline._take_block(num), np.arange(num) * slot_bytes
+    block.pages[:] = raw + places
+    at = block.device_pointers
+
+    def gbps(stream, work) -> float:
+        times = []
+        for _ in range(1 + REPEATS):  # the first one warms up
+            begin, end = cuda.Event(), cuda.Event()
+            with stream:
+                begin.record(stream)
+                work()
+                end.record(stream)
+            end.synchronize()
+            times.append(cuda.get_elapsed_time(begin, end))
+        return nbytes / max(min(times[1:]), 1e-3) / 1e6
+
+    def copy(stream, dst, src, kind):
+        return gbps(stream, lambda: runtime.memcpyAsync(dst, src, nbytes, kind, stream.ptr))
+
+    def encode(target, blocks, count=num):
+        block.payloads[:] = target + places
+        block.upload("slots", "payloads", store.codec.ptr)
+        return gbps(store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, cursors=False))
+
+    def decode(blocks):
+        return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, blocks, block.status_ptr))
+
+    speed = {"h2d": copy(load.copy, raw, host.ctypes.data, runtime.memcpyHostToDevice)}
+    speed["d2h"] = copy(store.copy, host.ctypes.data, raw, runtime.memcpyDeviceToHost)
+    for name, target, blocks in (
+        ("burst", packed, pipeline.burst_blocks),
+        ("fused", mapped, pipeline.fused_blocks),
+    ):
+        speed[f"store {name}"], speed[f"load {name}"] = encode(target, blocks), decode(blocks)
+    rows = np.empty((num, ROW_WORDS), np.uint32)
+    runtime.memcpyAsync(rows.ctypes.data, at["rows"], rows.nbytes, runtime.memcpyDeviceToHost, store.codec.ptr)
+    store.codec.synchronize()
+    speed["ratio"] = nbytes / int(rows[:, 1].sum(dtype=np.int64))
+    speed["launch_us"] = nbytes / encode(packed, pipeline.burst_blocks, count=1) / 1e3
+    pipeline._put_block(block)
+    return speed
+
+
+def expected_us(pipeline, direction: str, num_pages: int) -> dict[str, float]:
+    """Return transport -> the time to expect, in microseconds, for a batch in ``direction``.
+
+    ``staged``: its launches, the first tile's codec time, then the slower of link and codec. ``fused``: its
+    launches, then the slower of link and kernel. ``raw``: the link alone. The ratio is that of the pages stored
+    so far, or of the noise that was measured with.
+    """
+    speed, nbytes = pipeline.speed, num_pages * pipeline._slot_bytes
+    ratio = pipeline.stats.store.ratio if pipeline.stats.store.payload_bytes else speed["ratio"]
+    link = speed["d2h" if direction == "store" else "h2d"] * 1e3  # bytes a microsecond
+    burst, fused = speed[f"{direction} burst"] * 1e3, speed[f"{direction} fused"] * 1e3
+    launch = speed["launch_us"]
+    times = {
+        "staged": 4 * launch + min(nbytes, pipeline._tile_bytes) / burst + nbytes / min(ratio * link, burst),
+        "fused": 2 * launch + nbytes / min(ratio * link, fused),
+    }
+    if direction == "store":  # a load takes what was stored
+        times["raw"] = 2 * launch + nbytes / link
+    return times
+
+
+def fastest(pipeline, direction: str, num_pages: int) -> str:
+    """Return the transport with the shortest expected time."""
+    times = expected_us(pipeline, direction, num_pages)
+    return min(times, key=times.get)
+
+
+def explain(pipeline) -> str:
+    """Return what was measured, what is picked for batches of which size, and why, as text."""
+    head = (
+        f"pages of {pipeline.page_bytes} bytes, tiles of {pipeline._tile_pages} pages, "
+        f"transport {pipeline.transport}"
+    )
+    s = pipeline.speed
+    if not s:
+        return f"{head}; nothing measured: calibrate() does"
+    lines = [
+        head,
+        f"measured: D2H {s['d2h']:.1f}, H2D {s['h2d']:.1f} GB/s; bursts: encode {s['store burst']:.0f}, "
+        f"decode {s['load burst']:.0f} GB/s; {pipeline.fused_blocks} blocks on host memory: encode "
+        f"{s['store fused']:.0f}, decode {s['load fused']:.0f} GB/s; a launch {s['launch_us']:.0f} us",
+    ]
+    sizes = [1 << i for i in range(pipeline.num_slots.bit_length())]
+    for direction in ("store", "load"):
+        picks = [fastest(pipeline, direction, size) for size in sizes]
+        changes = [i for i in range(len(picks)) if i == 0 or picks[i] != picks[i - 1]]
+        text = ", ".join(f"{picks[i]} from {sizes[i]} page(s) on" for i in changes)
+        times = expected_us(pipeline, direction, sizes[-1])
+        speeds = ", ".join(
+            f"{name} {sizes[-1] * pipeline.page_bytes / us / 1e3:.1f}" for name, us in times.items()
+        )
+        lines.append(f"{direction}: {text}; expected GB/s for {sizes[-1]} pages: {speeds}")
+    return "\n".join(lines)

@@ -1,0 +1,908 @@
+"""SwapPipeline: pages to pinned host memory and back, encoded on the way, without the host waiting.
+
+Transports:
+
+- ``staged``: pages are encoded in bursts into a ring on the device, packed; copy engines move the packed tiles;
+  on the way back they fill the ring, and bursts decode from it. The one for large batches.
+- ``fused``: the kernels write to and read from host memory themselves, with few thread blocks. For batches
+  that are small or urgent (it has streams of its own).
+- ``raw``: pages are copied as they are.
+- ``auto``: the fastest of these by what ``calibrate`` measured on this machine; ``explain`` tells.
+
+A *slot* is a page's place in the table; slots are numbered from 0. Host memory is the pipeline's own pinned
+arena, or rows of the caller's (``HostRows``).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import auto
+from .arena import Arena, Predictor, complement, row_regions, runs, spans, tiles
+from .bound import parse_parts
+from .codec import _cupy, _page_pointers, mapped_pointer
+from .format import ROW_WORDS, Geometry, check_coding
+from .raw import copy as raw_copy
+from .raw import kv
+from .reference import check_page_dtype
+from .stats import Counters
+from .transfer import NOT_DECODED, REASONS, Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
+
+TRANSPORTS = ("auto", "staged", "fused", "raw")
+EMPTY, PENDING, KNOWN, COPIED = range(4)  # states of slots; PENDING: the host has not seen its row yet
+BUFFERS = 4  # tiles of each direction in the ring
+TILE_BYTES = 32 << 20  # raw bytes of a tile at most
+BLOCK_PAGES = 1 << 15  # pages of a call that arguments are preallocated for
+BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
+SPAN_BYTES, BATCH_SPAN_BYTES = 32 << 10, 8 << 10  # shorter copies than these, on average: the kernel reads itself
+_NOT_READY = 600  # cudaErrorNotReady
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """The caller's pinned host memory, in rows that are stored and freed as one.
+
+    Slot ``row * pages_per_row + j`` has its home ``j`` pages after ``pointer + row * stride``. A store with all
+    slots of a row packs them from the row's start; other slots go to their homes, and if the row was packed,
+    its other slots are gone.
+
+    Args:
+        pointer: host address of row 0, a multiple of 16.
+        stride: bytes from row to row, a multiple of 16.
+        pages_per_row: slots of a row.
+        owner: kept alive with the pipeline.
+    """
+
+    pointer: int
+    stride: int
+    pages_per_row: int
+    owner: object = None
+
+
+class SwapPipeline:
+    """Stores pages to host memory and loads them, asynchronously, on streams of its own.
+
+    Args:
+        geometry: of every page.
+        dtype: ``float16`` or ``bfloat16``.
+        bound: as in ``encode_pages``.    coding: ``fixed`` or ``raw``.
+        num_slots: slots there are.
+        transport: ``auto`` (measures the machine first, some 0.3 s), ``staged``, ``fused`` or ``raw``.
+        host: ``HostRows``, or None for an arena.
+        arena_bytes: pinned bytes of the arena; by default enough for pages that do not shrink. A store takes
+            the raw size of its pages until it has finished.
+        ring_bytes: device memory at most, half each way; less where the slots need less.
+        fused_blocks: thread blocks of the fused kernels.    burst_blocks: of the staged ones (None: a page each).
+        margin: by how much staged stores copy more than the largest share seen of late.
+        timing: measure stages too, for ``overlap``; costs some microseconds a tile.
+
+    Belongs to the device current when it is made. Any number of threads may use it; their calls take turns.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit.    MemoryError: no pinned or device memory.
+        RuntimeError: no CuPy or no GPU.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        dtype: str,
+        bound="rms:0.05",
+        coding: str = "fixed",
+        *,
+        num_slots: int,
+        transport: str = "auto",
+        host: HostRows | None = None,
+        arena_bytes: int | None = None,
+        ring_bytes: int = 256 << 20,
+        fused_blocks: int = 16,
+        burst_blocks: int | None = None,
+        margin: float = 1.02,
+        timing: bool = False,
+    ):
+        self._closed = True  # until everything is there
+        cupy = self._cupy = _cupy()
+        self._runtime = runtime = cupy.cuda.runtime
+        self.geometry, self.dtype, self.coding = geometry, check_page_dtype(dtype), check_coding(coding)
+        self.bounds = parse_parts(bound, len(geometry.part_values))
+        self.transport, self.num_slots = _check_transport(transport), int(num_slots)
+        if self.num_slots < 1:
+            raise ValueError(f"num_slots: expected at least 1, got {num_slots}")
+        if margin < 1:
+            raise ValueError(f"margin: expected at least 1, got {margin}")
+        self.margin, self.timing = margin, timing
+        self.fused_blocks, self.burst_blocks = fused_blocks, burst_blocks
+        self.page_bytes = geometry.nbytes
+        self._slot_bytes = -(-geometry.nbytes // 16) * 16
+        self._device = runtime.getDevice()
+        self._lock = threading.RLock()
+        self.stats = Counters()
+
+        self._rows = host
+        self._pages_per_row = host.pages_per_row if host else 1
+        row_bytes = self._pages_per_row * self._slot_bytes
+        tile_bytes = min(TILE_BYTES, ring_bytes // (2 * BUFFERS), -(-self.num_slots * self._slot_bytes))
+        self._tile_pages = tile_bytes // self._slot_bytes
+        if self._tile_pages < self._pages_per_row:
+            raise ValueError(
+                f"ring_bytes: expected {2 * BUFFERS} x {row_bytes} bytes or more, for tiles of one "
+                f"{'row' if host else 'page'}, got {ring_bytes}"
+            )
+        self._tile_bytes = self._tile_pages * self._slot_bytes
+        if host is None:
+            if arena_bytes is None:
+                arena_bytes = (
+                    self.num_slots + min(self.num_slots, BUFFERS * self._tile_pages)
+                ) * self._slot_bytes
+            if arena_bytes < self._slot_bytes:
+                raise ValueError(
+                    f"arena_bytes: expected at least one page ({self._slot_bytes}), got {arena_bytes}"
+                )
+            # a page more than is used: a damaged row may make a kernel read that far
+            self._host = self._pinned(arena_bytes + self._slot_bytes)
+            self._base, self.arena = self._host.ctypes.data, Arena(arena_bytes)
+            self._shift = mapped_pointer(self._base, "arena") - self._base
+        else:
+            self.arena, self._base, self._shift = None, host.pointer, self._check_rows(host)
+
+        # per slot; addresses are the host's
+        self._state = np.zeros(self.num_slots, np.uint8)
+        self._owner = np.zeros(self.num_slots, np.int64)  # number of the store in flight that writes it, else 0
+        self._region = np.zeros(self.num_slots, np.int64)  # what its row's place counts from
+        self._address = np.zeros(self.num_slots, np.int64)  # of its payload, unless PENDING
+        self._held = np.zeros(self.num_slots, np.int64)  # bytes at its address that go back to the arena
+        self._fixed = np.zeros(self.num_slots, np.int32)  # prepared transfers that count on it
+        self._stamp = np.zeros(self.num_slots, np.int64)
+        self._known_rows = np.zeros((self.num_slots, ROW_WORDS), np.uint32)
+        self._packed = np.zeros(-(-self.num_slots // self._pages_per_row), bool)
+        # the same as kernels write and read it
+        self._table = self._pinned(16 * self.num_slots).view(np.uint32).reshape(-1, ROW_WORDS)
+        self._table[...] = 0
+        self._table_ptr = mapped_pointer(self._table.ctypes.data, "page table")
+
+        # a page more, as above
+        self._ring = self._allocate(2 * BUFFERS * self._tile_bytes + self._slot_bytes)
+        self._lanes = {}
+        for i, name in enumerate(("store", "load", "fused store", "fused load")):
+            streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2 if i < 2 else 1)]
+            addresses = [
+                self._ring.ptr + (BUFFERS * i + j) * self._tile_bytes for j in range(BUFFERS if i < 2 else 0)
+            ]
+            buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
+            self._lanes[name] = Lane(
+                streams, i % 2, buffers, self._event(), np.zeros(self._packed.size, np.int64)
+            )
+
+        self._blocks = []  # free argument blocks
+        self._block_bytes = 0
+        for _ in range(BUFFERS):
+            self._blocks.append(self._new_block(min(self.num_slots, BLOCK_PAGES)))
+        self._number = 0
+        self._in_flight: dict[int, Transfer] = {}
+        self._limbo: list[tuple[set[int], np.ndarray, np.ndarray]] = []  # freed, but transfers may still use it
+        self._packed_share, self._single_share = Predictor(), Predictor()
+        self._stage_events: list = []  # free ones
+        self.speed: dict[str, float] = {}  # what calibrate measured
+        self._closed = False
+        if transport == "auto":
+            self.calibrate()
+
+    # --- store and load -----------------------------------------------------------------------------------
+    def store(self, pages, slots, stream=None, *, transport: str | None = None, join: bool = True) -> Transfer:
+        """Enqueue the encoding of ``pages`` and their way into ``slots``; return a handle at once.
+
+        Args:
+            pages: as in ``encode_pages``, of the pipeline's geometry and dtype; or a uint64 NumPy array of device
+                addresses (multiples of 2; of 8: faster), whose memory the caller keeps until it is done.
+            slots: as many distinct slot numbers. What they held is gone.
+            stream: the caller's stream (CuPy's, torch's, or its address); CuPy's current one when None. Pages are
+                read after all that it holds now.
+            transport: instead of the pipeline's.
+            join: make ``stream`` wait for the store, so that work enqueued there later may overwrite ``pages``.
+                Without, it is up to the caller (``Transfer.wait_on``, ``wait``).
+
+        Raises:
+            TypeError, ValueError: pages or slots that do not fit.    MemoryError: no room in the arena; nothing
+            was enqueued.    RuntimeError: the stream is capturing (see ``prepare_store``), the device failed.
+        """
+        pointers, owner = self._check_pages(pages, "pages")
+        caller = self._check_stream(stream)
+        with self._lock:
+            slots = self._check_slots(slots, len(pointers), distinct=True)
+            self._check_writable(slots)
+            self._reap()
+            transport = self._choose("store", len(slots), transport)
+            lane = self._lanes["fused store" if transport == "fused" else "store"]
+            block = None if transport == "raw" else self._take_block(len(slots))
+            try:
+                order, first, hosts, waits = self._place(slots, alone=transport == "raw")
+            except BaseException:
+                self._put_block(block)
+                raise
+            slots, pointers = slots[order], pointers[order]
+            counts = np.diff(first)
+            transfer = Transfer(self, "store", transport, slots, owner, block)
+            transfer._regions = hosts, counts, counts * self._slot_bytes
+            units = slots // self._pages_per_row
+            # rows: one place, many writers. arena: only the table, which one lane writes in order
+            others = [other for other in self._lanes.values() if self._rows or other is not lane]
+            self._begin(transfer, lane, caller, self._conflicts(others, units) + waits, units)
+            try:
+                self._owner[slots] = self._number
+                self._region[slots] = np.repeat(hosts, counts)
+                self._state[slots] = PENDING
+                if transport == "raw":
+                    self._copy_out(transfer, lane, pointers, hosts)
+                elif len(slots):
+                    self._encode(transfer, lane, pointers, first)
+                self._end(transfer, lane, caller if join else None)
+            except BaseException as error:
+                self._abandon(transfer, lane, error)
+                raise
+        return transfer
+
+    def load(self, slots, pages, stream=None, *, transport: str | None = None, join: bool = True) -> Transfer:
+        """Enqueue the way of ``slots`` back into ``pages``; return a handle at once.
+
+        Args:
+            slots: slot numbers; stored before, finished or not. A slot may be named more than once.
+            pages, stream, transport, join: as in ``store``; pages are written after all that ``stream``
+                holds now. Slots stored raw are copied and the others decoded, whatever the transport.
+
+        Damaged pages are found by the GPU: ``Transfer.wait`` raises, ``Transfer.failed`` names them.
+
+        Raises:
+            TypeError, ValueError: pages or slots that do not fit, pages that overlap, a slot that holds nothing.
+            RuntimeError: the stream is capturing (see ``prepare_load``), the device failed.
+        """
+        pointers, owner = self._check_pages(pages, "pages")
+        caller = self._check_stream(stream)
+        self._check_disjoint(pointers)
+        with self._lock:
+            slots = self._check_slots(slots, len(pointers))
+            self._check_stored(slots)
+            self._reap()
+            state = self._state[slots]
+            known, pending, copied = (np.flatnonzero(state == s) for s in (KNOWN, PENDING, COPIED))
+            known = known[np.argsort(self._address[slots[known]], kind="stable")]
+            order = np.concatenate([known, pending, copied])
+            slots, pointers = slots[order], pointers[order]
+            transport = self._choose("load", len(slots), transport)
+            if transport == "raw" and copied.size < slots.size:
+                transport = "staged"  # they were stored encoded
+            lane = self._lanes["fused load" if transport == "fused" else "load"]
+            transfer = Transfer(self, "load", transport, slots, owner, self._take_block(len(slots)))
+            transfer._counts = counts = known.size, pending.size, copied.size
+            units = slots // self._pages_per_row
+            stores = [self._lanes["store"], self._lanes["fused store"]]
+            # in the arena, only those that read the table on the device are in the way of later stores
+            marks = units if self._rows else slots[counts[0] : counts[0] + counts[1]]
+            self._begin(transfer, lane, caller, self._conflicts(stores, units), marks)
+            try:
+                self._decode(transfer, lane, pointers)
+                self._end(transfer, lane, caller if join else None)
+            except BaseException as error:
+                self._abandon(transfer, lane, error)
+                raise
+        return transfer
+
+    def drop(self, slots) -> None:
+        """Forget what ``slots`` hold; their memory is used again when no transfer needs it any more.
+
+        Raises:
+            ValueError: no such slot, or one that a prepared transfer holds.
+        """
+        with self._lock:
+            slots = self._check_slots(slots, None)
+            self._check_writable(slots)
+            self._reap()
+            self._forget(np.unique(slots))
+
+    def synchronize(self) -> None:
+        """Wait for all transfers so far. Damaged pages stay with their handles; none is raised here."""
+        for transfer in list(self._in_flight.values()):
+            transfer.done.synchronize()
+        with self._lock:
+            self._reap()
+
+    def close(self) -> None:
+        """Wait for all transfers and give the memory back. Further calls raise RuntimeError."""
+        if self._closed:
+            return
+        with self._lock:
+            self._closed = True
+            for lane in self._lanes.values():
+                for stream in lane.streams:
+                    stream.synchronize()
+            self._reap()
+            self._ring = self._blocks = self._table = self._host = self._rows = None
+
+    def __enter__(self) -> SwapPipeline:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __del__(self):
+        if not self._closed:
+            self.close()
+
+    def memory(self) -> dict[str, int | float]:
+        """Return the bytes in use: ring and arguments (device), arena and table (pinned host), fragmentation."""
+        with self._lock:
+            self._reap()
+            usage = {
+                "ring_bytes": 2 * BUFFERS * self._tile_bytes,
+                "argument_bytes": self._block_bytes,
+                "table_bytes": self._table.nbytes,
+            }
+            if self.arena:
+                usage["arena_bytes"] = self.arena.nbytes
+                usage["arena_used_bytes"] = self.arena.nbytes - self.arena.free_bytes
+                usage["fragmentation"] = self.arena.fragmentation
+        return usage
+
+    # --- CUDA graphs --------------------------------------------------------------------------------------
+    def prepare_store(self, pages, slots) -> Prepared:
+        """Return a fused store of these very ``pages`` to ``slots``, for CUDA graphs. Waits.
+
+        ``launch`` enqueues it on CuPy's current stream, which may be capturing; it does nothing else, so a graph
+        can be replayed on what the pages hold by then. Each page has room for its raw size. The caller orders it
+        against the pipeline's other calls: load what it stored from the same stream. Until ``Prepared.close``,
+        ``store`` and ``drop`` refuse the slots.
+        """
+        pointers, owner = self._check_pages(pages, "pages")
+        with self._lock:
+            slots = self._check_slots(slots, len(pointers), distinct=True)
+            if not slots.size:
+                raise ValueError("pages: expected at least one page to prepare, got none")
+            self._check_writable(slots)
+            self.synchronize()
+            order, _, hosts, _ = self._place(slots, alone=True)
+            slots, pointers = slots[order], pointers[order]
+            self._region[slots] = self._address[slots] = hosts
+            self._held[slots] = self._slot_bytes if self.arena else 0
+            self._state[slots] = PENDING  # for good: the host never looks at its rows
+            return Prepared(self, "store", slots, pointers, owner)
+
+    def prepare_load(self, slots, pages) -> Prepared:
+        """Return a fused load of ``slots`` into these very ``pages``, for CUDA graphs; see ``prepare_store``.
+
+        The slots were prepared for a store, or stored encoded (not ``raw``). Waits.
+        """
+        pointers, owner = self._check_pages(pages, "pages")
+        self._check_disjoint(pointers)
+        with self._lock:
+            slots = self._check_slots(slots, len(pointers))
+            if not slots.size:
+                raise ValueError("pages: expected at least one page to prepare, got none")
+            self._check_stored(slots)
+            self.synchronize()
+            if (self._state[slots] == COPIED).any():
+                raise ValueError("slots: expected slots stored encoded, got some stored by transport 'raw'")
+            return Prepared(self, "load", slots, pointers, owner)
+
+    # --- which transport ----------------------------------------------------------------------------------
+    def calibrate(self) -> None:
+        """Measure link, codec and launch cost of this machine, for ``auto``. Waits; compiles the kernels."""
+        with self._lock:
+            self.synchronize()
+            self.speed = auto.measure(self)
+
+    def explain(self) -> str:
+        """Return what ``calibrate`` measured, what ``auto`` picks for batches of which size, and why."""
+        return auto.explain(self)
+
+    def _choose(self, direction: str, num_pages: int, transport: str | None) -> str:
+        transport = self.transport if transport is None else _check_transport(transport)
+        if transport != "auto":
+            return transport
+        if not self.speed:
+            raise ValueError("transport 'auto': nothing is measured yet; call calibrate() before")
+        return auto.fastest(self, direction, num_pages)
+
+    # --- what a store enqueues ----------------------------------------------------------------------------
+    def _encode(self, transfer, lane, pointers, first) -> None:
+        """Encode tile by tile and move what was packed; fused: encode to the host in one launch."""
+        hosts, counts, sizes = transfer._regions
+        fused, block, num = transfer.transport == "fused", transfer._block, len(pointers)
+        if fused:
+            bounds, works, widths = [0, len(hosts)], hosts + self._shift, sizes
+        else:
+            bounds = tiles(first, self._tile_pages)
+            buffers = [lane.next_buffer() for _ in bounds[1:]]
+            tile = np.repeat(np.arange(len(buffers)), np.diff(bounds))
+            works = np.array([buffer.address for buffer in buffers])[tile]
+            works += (first[:-1] - first[bounds[:-1]][tile]) * self._slot_bytes
+            packed, single = (p.predict(sizes, self.margin) for p in (self._packed_share, self._single_share))
+            widths = np.where(counts > 1, packed, single)
+        block.slots[:], block.pages[:] = transfer.slots, pointers
+        block.payloads[:], block.regions[:] = np.repeat(works, counts), np.repeat(np.arange(len(hosts)), counts)
+        regions = len(hosts)
+        block.hosts[:regions], block.works[:regions] = hosts + self._shift, works
+        block.copied[:regions], block.cursors[:regions] = widths // 16, 0
+        block.upload("hosts", "payloads", lane.codec.ptr)
+        transfer._widths = widths
+        aligned, at, runtime = not (pointers % 8).any(), block.device_pointers, self._runtime
+        if fused:
+            with Stage(transfer, "store encode", lane.codec), lane.codec:
+                self._kv_encode(at, 0, num, aligned, self.fused_blocks)
+                raw_copy.publish(at["rows"], at["slots"], self._table_ptr, num)
+            return
+        to_host = runtime.memcpyDeviceToHost
+        for buffer, lo, hi in zip(buffers, bounds[:-1], bounds[1:], strict=True):
+            page, end = int(first[lo]), int(first[hi])
+            runtime.streamWaitEvent(lane.codec.ptr, buffer.free.ptr)
+            with Stage(transfer, "store encode", lane.codec), lane.codec:
+                self._kv_encode(at, page, end - page, aligned, self.burst_blocks)
+                runtime.eventRecord(buffer.ready.ptr, lane.codec.ptr)
+                raw_copy.publish(
+                    at["rows"] + 16 * page, at["slots"] + 4 * page, self._table_ptr, end - page,
+                    at["hosts"] + 8 * lo, at["works"] + 8 * lo, at["copied"] + 4 * lo, at["cursors"] + 4 * lo,
+                    hi - lo,
+                )  # fmt: skip
+            runtime.streamWaitEvent(lane.copy.ptr, buffer.ready.ptr)
+            with Stage(transfer, "store copy", lane.copy):
+                pieces = hosts[lo:hi], works[lo:hi], widths[lo:hi]
+                raw_copy.copies(*pieces, runs(*pieces), to_host, lane.copy.ptr)
+            runtime.eventRecord(buffer.free.ptr, lane.copy.ptr)
+
+    def _copy_out(self, transfer, lane, pointers, hosts) -> None:
+        """Transport raw: copy the pages to places of their own."""
+        slots = transfer.slots
+        self._address[slots], self._state[slots] = hosts, COPIED
+        self._held[slots] = self._slot_bytes if self.arena else 0
+        self._owner[slots] = 0  # there is nothing to learn when it is done
+        if not slots.size:
+            return
+        pieces = hosts, pointers.astype(np.int64), np.full(len(hosts), self.page_bytes)
+        with Stage(transfer, "store copy", lane.copy):
+            raw_copy.copies(*pieces, runs(*pieces), self._runtime.memcpyDeviceToHost, lane.copy.ptr)
+
+    def _finish_store(self, transfer) -> tuple[int, int]:
+        """Learn where a finished store's pages lie; return payload and link bytes."""
+        slots = transfer.slots
+        hosts, counts, sizes = transfer._regions
+        if transfer.transport == "raw":
+            self.stats.raw_pages += len(slots)
+            return (len(slots) * self.page_bytes,) * 2
+        live = self._owner[slots] == transfer._number  # else overwritten or dropped since; no row of ours then
+        rows = self._table[slots]
+        place, lengths = 16 * rows[:, 3].astype(np.int64), -(-rows[:, 1].astype(np.int64) // 16) * 16
+        addresses = np.repeat(hosts, counts) + place
+        mine, kept = slots[live], lengths[live]
+        self._known_rows[mine], self._address[mine] = rows[live], addresses[live]
+        self._state[mine], self._owner[mine] = KNOWN, 0
+        if self.arena:
+            self._held[mine] = kept
+            outer, inner = hosts - self._base, addresses[live] - self._base
+            self._release(*complement(outer, outer + sizes, inner, inner + kept), at_once=live.all())
+        if transfer.error is not None or not len(slots):
+            return 0, 0
+        used = np.maximum.reduceat(np.where(live, place + lengths, 0), np.cumsum(counts) - counts)
+        for predictor, some in ((self._packed_share, counts > 1), (self._single_share, counts == 1)):
+            predictor.update((used / sizes)[some & (used > 0)])
+        self.stats.raw_pages += int((rows[live, 0] >> 20 & 15 == 0).sum())
+        payload = int(rows[live, 1].sum(dtype=np.int64)) + 16 * len(mine)
+        if transfer.transport == "fused":
+            return payload, int(kept.sum())
+        self.stats.mispredicted += int((used > transfer._widths).sum())
+        return payload, int(np.maximum(used, transfer._widths).sum())
+
+    # --- what a load enqueues -----------------------------------------------------------------------------
+    def _decode(self, transfer, lane, pointers) -> None:
+        """Decode what is known in tiles, what is pending from the host, and copy what is raw."""
+        slots, block, runtime = transfer.slots, transfer._block, self._runtime
+        num_known, num_pending, num_copied = transfer._counts
+        coded = num_known + num_pending
+        transfer._payload_bytes = transfer._link_bytes = num_copied * self.page_bytes
+        if not len(slots):
+            return
+        block.slots[:], block.pages[:] = slots, pointers
+        block.status[:coded], block.status[coded:] = NOT_DECODED, 0
+        known = slots[:num_known]
+        block.rows[:num_known] = self._known_rows[known]
+        block.rows[:num_known, 3] = 0  # payload addresses are exact
+        block.payloads[:num_known] = self._address[known] + self._shift
+        block.payloads[num_known:coded] = self._region[slots[num_known:coded]] + self._shift
+        plan = []
+        if num_known:
+            lengths = -(-self._known_rows[known, 1].astype(np.int64) // 16) * 16
+            transfer._payload_bytes += int(self._known_rows[known, 1].sum(dtype=np.int64)) + 16 * num_known
+            if transfer.transport == "fused":
+                plan = [(None, 0, num_known, None, None)]
+                transfer._link_bytes += int(lengths.sum())
+            else:
+                plan = self._plan_tiles(transfer, lane, self._address[known], lengths)
+        aligned, at = not (pointers[:coded] % 4).any(), block.device_pointers
+        if coded:
+            block.upload("slots", "rows", lane.codec.ptr)
+        for buffer, page, end, pieces, first in plan:
+            if buffer is None:
+                with Stage(transfer, "load decode", lane.codec), lane.codec:
+                    self._kv_decode(at, page, end - page, aligned, self.fused_blocks, block.status_ptr)
+                continue
+            runtime.streamWaitEvent(lane.copy.ptr, buffer.free.ptr)
+            with Stage(transfer, "load copy", lane.copy):
+                raw_copy.copies(*pieces, first, runtime.memcpyHostToDevice, lane.copy.ptr)
+            runtime.eventRecord(buffer.ready.ptr, lane.copy.ptr)
+            runtime.streamWaitEvent(lane.codec.ptr, buffer.ready.ptr)
+            with Stage(transfer, "load decode", lane.codec), lane.codec:
+                self._kv_decode(at, page, end - page, aligned, self.burst_blocks, block.status_ptr)
+            runtime.eventRecord(buffer.free.ptr, lane.codec.ptr)
+        if num_pending:
+            with Stage(transfer, "load decode", lane.codec), lane.codec:
+                raw_copy.collect(
+                    self._table_ptr, at["slots"] + 4 * num_known, at["rows"] + 16 * num_known, num_pending
+                )
+                self._kv_decode(at, num_known, num_pending, aligned, self.fused_blocks, block.status_ptr)
+        if num_copied:
+            sources = self._address[slots[coded:]]
+            order = np.argsort(sources, kind="stable")
+            pieces = (
+                pointers[coded:][order].astype(np.int64),
+                sources[order],
+                np.full(num_copied, self.page_bytes),
+            )
+            with Stage(transfer, "load copy", lane.copy):
+                raw_copy.copies(*pieces, runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
+
+    def _plan_tiles(self, transfer, lane, starts, lengths) -> list[tuple]:
+        """Cut known pages into tiles: (ring buffer, or None: decode from the host; pages, copies, their runs)."""
+        rows = (self._base, self._rows.stride) if self._rows else ()
+        first_span, first_page, span_starts, span_ends, position = spans(
+            starts, starts + lengths, self._tile_pages, self._tile_bytes, *rows
+        )
+        span = np.repeat(np.arange(first_page.size), np.diff(first_page, append=starts.size))
+        in_tile = position[span] + starts - span_starts[span]
+        widths, plan = span_ends - span_starts, []
+        shortest = BATCH_SPAN_BYTES if raw_copy.has_batch() else SPAN_BYTES
+        for tile in range(first_span.size - 1):
+            lo, hi = int(first_span[tile]), int(first_span[tile + 1])
+            page, end = tile * self._tile_pages, min((tile + 1) * self._tile_pages, starts.size)
+            first, copied = runs(position[lo:hi], span_starts[lo:hi], widths[lo:hi]), int(widths[lo:hi].sum())
+            if copied < len(first) * shortest and len(first) > 1:
+                plan.append((None, page, end, None, None))
+                transfer._link_bytes += int(lengths[page:end].sum())
+                continue
+            buffer = lane.next_buffer()
+            transfer._block.payloads[page:end] = in_tile[page:end] + buffer.address
+            pieces = position[lo:hi] + buffer.address, span_starts[lo:hi], widths[lo:hi]
+            plan.append((buffer, page, end, pieces, first))
+            transfer._link_bytes += copied
+        return plan
+
+    def _finish_load(self, transfer) -> tuple[int, int]:
+        """Collect the verdicts of a finished load; return payload and link bytes."""
+        if transfer.error is not None or not len(transfer.slots):
+            return 0, 0
+        status = transfer._block.status
+        transfer.failed = {
+            int(transfer.slots[i]): ", ".join(text for bit, text in REASONS.items() if int(status[i]) & bit)
+            for i in np.flatnonzero(status)
+        }
+        self.stats.failed_pages += len(transfer.failed)
+        num_known, num_pending, _ = transfer._counts
+        pending = transfer.slots[num_known : num_known + num_pending]
+        payload = int(self._table[pending, 1].sum(dtype=np.int64))
+        return transfer._payload_bytes + payload + 16 * num_pending, transfer._link_bytes + payload
+
+    # --- kernels, on the current stream -------------------------------------------------------------------
+    def _kv_encode(self, at, page, num, aligned, blocks, cursors=True) -> None:
+        kv.encode(
+            at["pages"] + 8 * page, at["payloads"] + 8 * page, at["rows"] + 16 * page, num,
+            self.dtype, self.geometry, self.bounds, self.coding, aligned=aligned, blocks=blocks,
+            regions_ptr=at["regions"] + 4 * page if cursors else 0, cursors_ptr=at["cursors"] if cursors else 0,
+        )  # fmt: skip
+
+    def _kv_decode(self, at, page, num, aligned, blocks, status_ptr) -> None:
+        kv.decode(
+            at["payloads"] + 8 * page, at["rows"] + 16 * page, at["pages"] + 8 * page, status_ptr + 4 * page, num,
+            self.dtype, self.geometry, aligned=aligned, blocks=blocks,
+        )  # fmt: skip
+
+    # --- order --------------------------------------------------------------------------------------------
+    def _conflicts(self, lanes, units) -> list[Transfer]:
+        """Return the transfers in flight that ``lanes`` last had on these units. A lane finishes in order."""
+        numbers = {int(lane.last[units].max(initial=0)) for lane in lanes}
+        return [self._in_flight[number] for number in numbers if number in self._in_flight]
+
+    def _begin(self, transfer, lane, caller: int, waits, marks) -> None:
+        """Number the transfer and make its streams wait for the caller's and for ``waits``."""
+        runtime = self._runtime
+        runtime.eventRecord(transfer._ready.ptr, caller)
+        self._number += 1
+        transfer._number = self._number
+        self._in_flight[self._number] = transfer
+        lane.last[marks] = self._number
+        for stream in lane.streams:
+            for event in (transfer._ready, *(other.done for other in waits)):
+                runtime.streamWaitEvent(stream.ptr, event.ptr)
+        runtime.eventRecord(transfer._start.ptr, lane.streams[0].ptr)
+
+    def _end(self, transfer, lane, caller: int | None) -> None:
+        """Record ``done`` behind all streams of the lane; let the caller's stream wait for it."""
+        runtime, last = self._runtime, lane.streams[-1].ptr
+        for stream in lane.streams[:-1]:
+            runtime.eventRecord(lane.join.ptr, stream.ptr)
+            runtime.streamWaitEvent(last, lane.join.ptr)
+        runtime.eventRecord(transfer.done.ptr, last)
+        if caller is not None:
+            runtime.streamWaitEvent(caller, transfer.done.ptr)
+
+    def _abandon(self, transfer, lane, error) -> None:
+        """After an error half-way: the slots hold nothing; memory comes back when the streams are through."""
+        transfer.error = error
+        self.stats.failed_calls += 1
+        if transfer.direction == "store":
+            mine = transfer.slots[self._owner[transfer.slots] == transfer._number]
+            self._owner[mine], self._state[mine] = 0, EMPTY
+        try:
+            self._end(transfer, lane, None)
+        except self._runtime.CUDARuntimeError:  # the device is lost: nothing can be reused, nor needs to be
+            del self._in_flight[transfer._number]
+
+    def _reap(self) -> None:
+        """Take note of all transfers that have finished; wait for none."""
+        if self._closed and self._ring is None:
+            raise RuntimeError("the pipeline is closed")
+        for number, transfer in list(self._in_flight.items()):
+            status = self._runtime.eventQuery(transfer.done.ptr)
+            if status == _NOT_READY:
+                continue
+            if status:
+                raise self._runtime.CUDARuntimeError(status)
+            del self._in_flight[number]
+            finish = self._finish_store if transfer.direction == "store" else self._finish_load
+            payload, link = finish(transfer)
+            transfer._complete(payload, link)
+            if transfer.error is None:
+                getattr(self.stats, transfer.direction).add(transfer.stats)
+            self._put_block(transfer._block)
+            transfer._block = transfer._owner = transfer._regions = None
+        if self._limbo:
+            self._limbo, old = [], self._limbo
+            for numbers, starts, ends in old:
+                self._release(starts, ends, numbers)
+
+    # --- host memory --------------------------------------------------------------------------------------
+    def _place(self, slots, *, alone: bool):
+        """Find host memory for a store, in regions, or each page by itself; the slots' old content is gone then.
+
+        Returns:
+            (order of the pages, first page of each region and the end, host addresses of the regions, transfers
+            that must finish before the memory is written)
+        """
+        waits = []
+        if self._rows:
+            if alone:
+                order, first, home = np.argsort(slots), np.arange(slots.size + 1), np.sort(slots)
+            else:
+                order, first, home = row_regions(slots, self._pages_per_row)
+            row, j = np.divmod(home, self._pages_per_row)
+            self._forget(slots)
+            self._packed[row] = False
+            self._packed[row[np.diff(first) > 1]] = True
+            return order, first, self._base + row * self._rows.stride + j * self.page_bytes, waits
+        try:
+            offsets, units = self.arena.reserve(slots.size, self._slot_bytes, self._tile_pages)
+        except MemoryError:
+            offsets, units = self._reserve_more(slots)
+            waits = list(self._in_flight.values())
+        self._forget(slots)
+        if alone:
+            first = np.arange(slots.size + 1)
+            inside = first[:-1] - np.repeat(np.cumsum(units) - units, units)
+            offsets = np.repeat(offsets, units) + inside * self._slot_bytes
+        else:
+            first = np.append(0, np.cumsum(units))
+        return slice(None), first, self._base + offsets, waits
+
+    def _reserve_more(self, slots):
+        """Reserve with what freed ranges and the slots' old content offer, though transfers may still use it."""
+        before = self.arena.snapshot()
+        for _, starts, ends in self._limbo:
+            self.arena.release(starts, ends)
+        old = slots[self._held[slots] > 0]
+        start = self._address[old] - self._base
+        self.arena.release(start, start + self._held[old])
+        try:
+            regions = self.arena.reserve(slots.size, self._slot_bytes, self._tile_pages)
+        except MemoryError:
+            free = self.arena.free_bytes
+            self.arena.restore(before)
+            stores = sum(t.direction == "store" for t in self._in_flight.values())
+            raise MemoryError(
+                f"arena: a store of {slots.size} pages needs {slots.size} x {self._slot_bytes} bytes until "
+                f"it has finished; {free} of {self.arena.nbytes} are free; drop slots"
+                + (
+                    f", or wait for the {stores} stores in flight, which hold more than they will need"
+                    if stores
+                    else ""
+                )
+            ) from None
+        self._limbo.clear()
+        self._held[old] = 0
+        return regions
+
+    def _forget(self, slots) -> None:
+        """Make distinct slots empty, and the rest of rows that were packed."""
+        if self._rows:
+            row = np.unique(slots // self._pages_per_row)
+            row = row[self._packed[row]]
+            rest = (row[:, None] * self._pages_per_row + np.arange(self._pages_per_row)).ravel()
+            self._packed[row] = False
+            self._state[rest], self._owner[rest] = EMPTY, 0
+        else:
+            old = slots[self._held[slots] > 0]
+            start = self._address[old] - self._base
+            self._release(start, start + self._held[old])
+            self._held[old] = 0
+        self._state[slots], self._owner[slots] = EMPTY, 0
+
+    def _release(self, starts, ends, numbers=None, *, at_once=False) -> None:
+        """Give ranges back to the arena, once the transfers in flight (or those ``numbers``) are through."""
+        numbers = self._in_flight.keys() & (self._in_flight.keys() if numbers is None else numbers)
+        if at_once or not numbers:
+            self.arena.release(starts, ends)
+        elif len(starts):
+            self._limbo.append((numbers, starts, ends))
+
+    def _pinned(self, nbytes: int) -> np.ndarray:
+        """Return pinned memory as a uint8 array."""
+        cuda = self._cupy.cuda
+        try:
+            memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(nbytes), 0)
+        except cuda.runtime.CUDARuntimeError as error:
+            raise MemoryError(f"cannot pin {nbytes} bytes of host memory ({error}); ask for less") from None
+        return np.frombuffer(memory, np.uint8, nbytes)
+
+    def _allocate(self, nbytes: int):
+        try:
+            return self._cupy.cuda.alloc(nbytes)
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            raise MemoryError(f"no {nbytes} bytes of device memory ({error}); lower ring_bytes") from None
+
+    # --- arguments ----------------------------------------------------------------------------------------
+    def _new_block(self, num_pages: int) -> Block:
+        capacity = max(256, 1 << (num_pages - 1).bit_length())
+        pinned, device = self._pinned(Block.BYTES * capacity), self._allocate(Block.BYTES * capacity)
+        self._block_bytes += Block.BYTES * capacity
+        return Block(capacity, pinned, device, mapped_pointer(pinned.ctypes.data, "arguments"), self._runtime)
+
+    def _take_block(self, num_pages: int) -> Block:
+        """Return the smallest free argument block that fits. At BLOCK_LIMIT the host waits for one."""
+        while True:
+            fits = [block for block in self._blocks if block.capacity >= num_pages]
+            if fits:
+                block = min(fits, key=lambda block: block.capacity)
+                self._blocks.remove(block)
+                return block.lay_out(num_pages)
+            if self._block_bytes < BLOCK_LIMIT or not self._in_flight:
+                return self._new_block(max(num_pages, 1)).lay_out(num_pages)
+            next(iter(self._in_flight.values())).done.synchronize()
+            self._reap()
+
+    def _put_block(self, block) -> None:
+        if block is not None and self._blocks is not None:
+            self._blocks.append(block)
+
+    def _event(self):
+        return self._cupy.cuda.Event(disable_timing=True)
+
+    # --- checks -------------------------------------------------------------------------------------------
+    def _check_pages(self, pages, name: str):
+        """Return (device addresses, owner) of ``pages``, checked."""
+        if self._closed:
+            raise RuntimeError("the pipeline is closed")
+        if self._runtime.getDevice() != self._device:
+            raise ValueError(
+                f"the pipeline belongs to device {self._device}, the current one is {self._runtime.getDevice()}; "
+                f"work inside 'with cupy.cuda.Device({self._device})'"
+            )
+        if isinstance(pages, np.ndarray) and pages.dtype == np.uint64:
+            if pages.ndim != 1:
+                raise ValueError(f"{name}: expected a 1-D array of addresses, got the shape {pages.shape}")
+            for pointer in {int(pages.min()), int(pages.max()) + self.page_bytes - 1} if pages.size else ():
+                found = self._runtime.pointerGetAttributes(pointer)
+                if found.type not in (self._runtime.memoryTypeDevice, self._runtime.memoryTypeManaged):
+                    raise ValueError(
+                        f"{name}: {pointer:#x} is no device memory, or a page reaches beyond its end"
+                    )
+                if found.device != self._device:
+                    raise ValueError(f"{name}: {pointer:#x} lies on device {found.device}, not on {self._device}")
+            if (pages % 2).any():
+                raise ValueError(
+                    f"{name}: expected addresses that are multiples of 2, got {pages[pages % 2 > 0][0]:#x}"
+                )
+            return pages, None
+        if isinstance(pages, (list, tuple)) and not pages:
+            return np.zeros(0, np.uint64), None
+        pointers, dtype, _, owner = _page_pointers(pages, self.geometry, name)
+        if dtype != self.dtype:
+            raise TypeError(f"{name}: the pipeline is for {self.dtype}, got {dtype}")
+        return pointers, owner
+
+    def _check_slots(self, slots, num_pages: int | None, distinct: bool = False) -> np.ndarray:
+        slots = np.asarray(slots)
+        if slots.size == 0:
+            slots = np.zeros(0, np.int64)
+        if slots.ndim != 1 or slots.dtype.kind not in "iu":
+            raise TypeError(f"slots: expected a sequence of integers, got {slots.dtype} of shape {slots.shape}")
+        slots = slots.astype(np.int64)
+        if num_pages is not None and len(slots) != num_pages:
+            raise ValueError(f"slots: expected one a page, {num_pages}, got {len(slots)}")
+        if slots.size and not (0 <= slots.min() and slots.max() < self.num_slots):
+            raise ValueError(f"slots: expected 0 to {self.num_slots - 1}, got {slots.min()} to {slots.max()}")
+        if distinct:
+            order = np.arange(slots.size)
+            self._stamp[slots] = order
+            twice = slots[self._stamp[slots] != order]
+            if twice.size:
+                raise ValueError(f"slots: expected each slot once, got {_some(np.unique(twice))} more than once")
+        return slots
+
+    def _check_stored(self, slots) -> None:
+        empty = slots[self._state[slots] == EMPTY]
+        if empty.size:
+            raise ValueError(f"slots: nothing is stored in {_some(empty)}; they were never stored, or dropped")
+
+    def _check_writable(self, slots) -> None:
+        if self._rows:  # what happens to one slot of a row may happen to all
+            row = np.unique(slots // self._pages_per_row)
+            slots = (row[:, None] * self._pages_per_row + np.arange(self._pages_per_row)).ravel()
+        fixed = slots[self._fixed[slots] > 0]
+        if fixed.size:
+            raise ValueError(f"slots: a prepared transfer holds {_some(fixed)}; close it first")
+
+    def _check_disjoint(self, pointers) -> None:
+        ordered = np.sort(pointers)
+        overlap = np.flatnonzero(np.diff(ordered) < self.page_bytes)
+        if overlap.size:
+            raise ValueError(
+                f"pages: expected pages that do not overlap, got {int(ordered[overlap[0]]):#x} and "
+                f"{int(ordered[overlap[0] + 1]):#x} of {self.page_bytes} bytes"
+            )
+
+    def _check_stream(self, stream) -> int:
+        """Return the address of the caller's stream."""
+        if stream is None:
+            stream = self._cupy.cuda.get_current_stream()
+        pointer = stream_pointer(stream)
+        if self._runtime.streamIsCapturing(pointer):
+            raise RuntimeError("the stream is capturing a graph; use prepare_store and prepare_load, made before")
+        return pointer
+
+    def _check_rows(self, host: HostRows) -> int:
+        """Return what to add to a host address for the device's address of the same memory."""
+        if host.pages_per_row < 1 or self.num_slots % host.pages_per_row:
+            raise ValueError(
+                f"pages_per_row: expected a divisor of the {self.num_slots} slots, got {host.pages_per_row}"
+            )
+        row_bytes = host.pages_per_row * self.page_bytes
+        if self.page_bytes % 16 or host.pointer % 16 or host.stride % 16 or host.stride < row_bytes:
+            raise ValueError(
+                f"host rows: expected pages, address and stride to be multiples of 16 and rows of "
+                f"{row_bytes} bytes, got pages of {self.page_bytes} bytes at {host.pointer:#x}, stride "
+                f"{host.stride}; use an arena"
+            )
+        last = (self.num_slots // host.pages_per_row - 1) * host.stride + row_bytes - 1
+        shifts = {mapped_pointer(host.pointer + at, "host rows") - host.pointer - at for at in (0, last)}
+        if len(shifts) > 1:
+            raise ValueError("host rows: expected memory that is mapped in one piece; register it as one")
+        return shifts.pop()
+
+
+def _check_transport(transport: str) -> str:
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    return transport
+
+
+def _some(slots) -> str:
+    """Slots for a message."""
+    listed = ", ".join(str(int(slot)) for slot in slots[:8])
+    return f"slot {listed}" if len(slots) == 1 else f"slots {listed}{', ...' if len(slots) > 8 else ''}"
