@@ -683,6 +683,8 @@ class SwapPipeline:
             else:
                 order, first, home = row_regions(slots, self._pages_per_row)
             row, j = np.divmod(home, self._pages_per_row)
+            packed = row[self._packed[row]]
+            self._forget(np.unique(packed[:, None] * self._pages_per_row + np.arange(self._pages_per_row)))
             self._forget(slots)
             self._packed[row] = False
             self._packed[row[np.diff(first) > 1]] = True
@@ -729,14 +731,8 @@ class SwapPipeline:
         return regions
 
     def _forget(self, slots) -> None:
-        """Make distinct slots empty, and the rest of rows that were packed."""
-        if self._rows:
-            row = np.unique(slots // self._pages_per_row)
-            row = row[self._packed[row]]
-            rest = (row[:, None] * self._pages_per_row + np.arange(self._pages_per_row)).ravel()
-            self._packed[row] = False
-            self._state[rest], self._owner[rest] = EMPTY, 0
-        else:
+        """Make distinct slots empty."""
+        if self.arena:
             old = slots[self._held[slots] > 0]
             start = self._address[old] - self._base
             self._release(start, start + self._held[old])

@@ -102,10 +102,9 @@ def decode(
 
 def _launch(name, dtype, fast, geometry, num_pages, blocks, arguments) -> None:
     threads = _threads(geometry)[0]
-    shared_bytes = 64 * 2 * threads + 16
-    _kernel(name, f"{name}<{dtype}, {'true' if fast else 'false'}>", _device())(
-        (min(num_pages, blocks or num_pages),), (threads,), arguments, shared_mem=shared_bytes
-    )
+    function = _kernel(name, f"{name}<{dtype}, {'true' if fast else 'false'}>", _device())
+    grid = min(num_pages, blocks or num_pages)
+    function((grid,), (threads,), arguments, shared_mem=64 * 2 * threads + 16)
 
 
 @functools.cache

@@ -101,8 +101,10 @@ struct Geometry {
 };
 
 // The grid of a step number (2.3).
-struct Grid {
+struct alignas(16) Grid {
     float step, pow2, offset, offset_pow2;
+
+    Grid() = default;
 
     __device__ explicit Grid(int s) {
         const int k = s >> 2;                             // floor

@@ -21,6 +21,7 @@
 #define BAD_CHECKSUM 4u
 
 struct Shared {
+    Grid grid[2];   // of the parts
     u32 codes[MAX_THREADS / 4];
     u32 scan[MAX_WARPS], check[MAX_WARPS], bad[MAX_WARPS];
 };
@@ -68,36 +69,31 @@ __device__ inline u32 load_words(const u8* payload, u32 bytes, u32 begin, u32 co
     return check;
 }
 
-// A group to the page.
+// Puts a group's values in a page, pair by pair.
 template <bool FAST>
-__device__ void store_group(u16* data, const Geometry& g, u32 offset, u32 group, const u32 (&pair)[16]) {
-    if constexpr (FAST) {
-        u32* p = (u32*)(data + offset);
-        const u32 stride = g.pair_stride / 2;
-        #pragma unroll
-        for (int i = 0; i < 16; i++, p += stride) *p = pair[i];
-    } else {
-        if (g.flat() && (u64)data % 16 == 0 && (group + 1) * 32 <= g.values) {
-            uint4* p = (uint4*)(data + group * 32);
-            #pragma unroll
-            for (int i = 0; i < 4; i++) p[i] = make_uint4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
-            return;
-        }
-        #pragma unroll
-        for (int i = 0; i < 16; i++) {
+struct Writer {
+    u16* data;
+    const Geometry& g;
+    bool present;
+    u32 offset;
+
+    __device__ void operator()(u32 i, u32 pair) const {
+        u16* const p = data + offset + i * g.pair_stride;
+        if constexpr (FAST) {
+            if (present) *(u32*)p = pair;
+        } else {
             const u32 at = offset + i * g.pair_stride;
-            if (at < g.values) data[at] = (u16)pair[i];
-            if (at + 1 < g.values) data[at + 1] = (u16)(pair[i] >> 16);
+            if (present && at < g.values) p[0] = (u16)pair;
+            if (present && at + 1 < g.values) p[1] = (u16)(pair >> 16);
         }
     }
-}
+};
 
 // 2.3 and 2.5 for one group whose words lie at `words`. The whole warp comes here together; `code` is 0 for a
 // thread that has no group.
-template <typename T>
-__device__ void dequantise(const u32* words, u32 code, int s, u32 (&pair)[16]) {
+template <typename T, bool FAST>
+__device__ void dequantise(const u32* words, u32 code, const Grid& grid, const Writer<FAST>& put) {
     const u32 magnitudes = code == CODE_ESCAPE ? 15 : code - 1;   // planes before the plane of signs
-    const Grid grid(s);
     if (__all_sync(FULL, code <= NARROW_CODE)) {
         u32 r[8];
         #pragma unroll
@@ -112,22 +108,23 @@ __device__ void dequantise(const u32* words, u32 code, int s, u32 (&pair)[16]) {
             const float b = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7442));
             const float c = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7441));
             const float d = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7443));
-            pair[i] = Storage<T>::pack(grid.point(a), grid.point(b)) | (__byte_perm(r[i], 0, 0x2404) & 0x80008000u);
-            pair[i + 8] = Storage<T>::pack(grid.point(c), grid.point(d)) | (__byte_perm(r[i], 0, 0x3414) & 0x80008000u);
+            put(i, Storage<T>::pack(grid.point(a), grid.point(b)) | (__byte_perm(r[i], 0, 0x2404) & 0x80008000u));
+            put(i + 8, Storage<T>::pack(grid.point(c), grid.point(d)) | (__byte_perm(r[i], 0, 0x3414) & 0x80008000u));
         }
         return;
     }
+    u32 v[16];
     #pragma unroll
-    for (u32 p = 0; p < 15; p++) pair[p] = code && p < magnitudes ? words[p] : 0;
-    pair[15] = code ? words[magnitudes] : 0;
-    transpose(pair);
-    if (code == CODE_ESCAPE) return;
+    for (u32 p = 0; p < 15; p++) v[p] = code && p < magnitudes ? words[p] : 0;
+    v[15] = code ? words[magnitudes] : 0;
+    transpose(v);
     #pragma unroll
     for (int i = 0; i < 16; i++) {
-        const u32 q = pair[i] & 0x7fff7fffu;
+        const u32 q = v[i] & 0x7fff7fffu;
         const float a = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7410));
         const float b = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7432));
-        pair[i] = Storage<T>::pack(grid.point(a), grid.point(b)) | (pair[i] & 0x80008000u);
+        const u32 y = Storage<T>::pack(grid.point(a), grid.point(b)) | (v[i] & 0x80008000u);
+        put(i, code == CODE_ESCAPE ? v[i] : y);
     }
 }
 
@@ -163,6 +160,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
         const u32 all_words = (bytes + 3) / 4;
         u32 check = tid == 0 ? header_checksum<T>(g, row.x, bytes) - row.z : 0;   // sums to 0 if all is well
         u32 bad = 0, words = 0;
+        if (tid < 2) shared.grid[tid] = Grid(tid ? s1 : s0);
         for (u32 chunk = 0; chunk < chunks; chunk++) {
             const u32 first_group = 2 * chunk * blockDim.x;   // this thread's: first_group + tid, and + blockDim.x
             const bool last = chunk + 1 == chunks;
@@ -223,12 +221,12 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
                 for (u32 h = 0; h < 2; h++) {
                     const u32 i = h * blockDim.x + tid, group = first_group + i;
                     const bool present = group < groups;
-                    u32 pair[16], part = 0, offset = 0;
+                    u32 part = 0, offset = 0;
                     if (FAST) offset = g.locate(group, part);
                     else if (present) offset = g.offset(group), part = g.part(group);
-                    dequantise<T>(image + (h ? words_before + (at >> 16) : at & 0xffffu),
-                                  present ? code_of(shared, i) : 0, part ? s1 : s0, pair);
-                    if (present) store_group<FAST>(page, g, offset, group, pair);
+                    dequantise<T, FAST>(image + (h ? words_before + (at >> 16) : at & 0xffffu),
+                                        present ? code_of(shared, i) : 0, shared.grid[part],
+                                        Writer<FAST>{page, g, present, offset});
                 }
             }
             __syncthreads();   // the image is free for the next chunk or page

@@ -37,14 +37,15 @@ struct Shared {
     u32 scan[MAX_WARPS];
     u32 top[2], bottom[2];        // 2.7. rms: largest t. rel: keys of the largest value and of the smallest, negated
     u32 fine[2];                  // 1000 - exponent of the lowest bit set in a sample of the values; UNKNOWN
-    u64 sum[2];                   // 2.7, rms: S
+    u32 sum[2], sum_high[2];      // 2.7, rms: S = sum + 2^12 sum_high
     int step[2];
     u32 maybe_seen;               // 2.8: candidates not ruled out: bit 9 p + d stands for step[p] + 4 - d
     u32 check, place;
+    u64 payload;                  // payloads[index], fetched early
 
     __device__ void clear() {
         #pragma unroll
-        for (int p = 0; p < 2; p++) top[p] = bottom[p] = fine[p] = 0, sum[p] = 0, step[p] = 0;
+        for (int p = 0; p < 2; p++) top[p] = bottom[p] = fine[p] = sum[p] = sum_high[p] = step[p] = 0;
         maybe_seen = check = 0;
     }
 };
@@ -73,7 +74,9 @@ struct Quantiser {
     float inverse, inverse_pow2, shifted;
 
     __device__ explicit Quantiser(int s) {
-        inverse = __fdiv_rn(1.0f, Grid(s).step);
+        const int m = s & 3;   // + 4; 1 / step is the rounded 1 / m, scaled
+        inverse = (m == 0 ? 1 / 4.0f : m == 1 ? 1 / 5.0f : m == 2 ? 1 / 6.0f : 1 / 7.0f) *
+                  __uint_as_float((u32)(129 - (s >> 2)) << 23);
         inverse_pow2 = __uint_as_float((u32)(127 - (s >> 2)) << 23);
         shifted = MAGIC_FLOAT - 8.0f * (s & 3);
     }
@@ -199,12 +202,16 @@ struct Page {
 
     static __device__ bool finite(float x) { return fabsf(x) < __uint_as_float(INFINITE_BITS); }
 
-    // 2.5: the width code of group h.
-    __device__ u32 width_code(int h, const Quantiser& quantiser) const {
+    // The largest magnitude in group h; NaN if there is one.
+    __device__ u32 largest_magnitude(int h) const {
         u32 largest = 0;
         #pragma unroll
         for (int i = 0; i < 16; i++) largest = Storage<T>::maximum(largest, pair[h][i] & 0x7fff7fffu);
-        largest = Storage<T>::maximum(largest, largest >> 16);
+        return Storage<T>::maximum(largest, largest >> 16);
+    }
+
+    // 2.5: the width code of group h.
+    __device__ u32 width_code(int h, u32 largest, const Quantiser& quantiser) const {
         const u32 bits = quantiser(Storage<T>::lo(largest));
         u32 code = bits & ~(MAGIC_BITS | MAGNITUDE_MASK) ? CODE_ESCAPE : 33 - __clz(bits & MAGNITUDE_MASK);
         if (code == 1) {   // every magnitude is 0: signs matter only for -0.0
@@ -300,7 +307,7 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
             } else {
                 simple = page.extremes(h, group_top, group_bottom);
             }
-            const u32 group_fine = simple ? fineness<T>(Storage<T>::lo(page.pair[h][0])) : UNKNOWN;
+            const u32 group_fine = !simple ? UNKNOWN : h == 0 ? fineness<T>(Storage<T>::lo(page.pair[h][0])) : 0;
             #pragma unroll
             for (int p = 0; p < 2; p++) {
                 top[p] = max(top[p], one == p ? group_top : 0);
@@ -342,7 +349,9 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
         for (int p = 0; p < 2; p++) {
             if (p >= parts) continue;
             sum[p] = warp_sum(sum[p]);
-            if (first_lane) atomicAdd(&shared.sum[p], (u64)sum[p]);
+            if (!first_lane) continue;
+            atomicAdd(&shared.sum[p], FAST ? sum[p] : sum[p] & 0xfffu);   // FAST: less than 2^30 in all
+            if (!FAST) atomicAdd(&shared.sum_high[p], sum[p] >> 12);
         }
     }
 }
@@ -352,26 +361,32 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
 template <typename T>
 __device__ void choose_step(u32 p, const PartBound& bound, Shared& shared) {
     int s = bound.step;
-    float limit = 0;   // an upper limit of the magnitudes
+    int limit = 0;   // 2^limit: an upper limit of the magnitudes
+    bool zeros = false;
     if (bound.kind == KIND_RMS) {
         const u32 top = shared.top[p];
         const int exponent = (int)(top >> 23) - 126;
-        limit = sqrtf(__uint_as_float(top));
-        if (top == 0) s = 0;
+        limit = (exponent + 1) >> 1;
+        zeros = top == 0;
+        if (zeros) s = 0;
         else if (exponent < -99 || top >= INFINITE_BITS) s = NO_STEP;
-        else s = step_number(__dmul_rn(bound.factor, (double)shared.sum[p]), exponent - 20, true);
+        else {
+            const double sum = __dadd_rn((double)shared.sum[p], __dmul_rn(4096.0, (double)shared.sum_high[p]));
+            s = step_number(__dmul_rn(bound.factor, sum), exponent - 20, true);
+        }
     } else if (bound.kind == KIND_REL) {
         const float highest = key_float(shared.top[p]), lowest = -key_float(shared.bottom[p]);
         const double two_eb = __dmul_rn(bound.factor, __dsub_rn((double)highest, (double)lowest));
-        limit = fmaxf(fabsf(highest), fabsf(lowest));
-        if (shared.top[p] == 0) limit = 0;   // no finite value
-        s = limit == 0 ? 0 : two_eb > 0 ? step_number(two_eb, 0, false) : NO_STEP;
+        const float largest = fmaxf(fabsf(highest), fabsf(lowest));
+        limit = (int)(__float_as_uint(largest) >> 23) - 126;
+        zeros = shared.top[p] == 0 || largest == 0;   // no finite value, or none but zeros
+        s = zeros ? 0 : two_eb > 0 ? step_number(two_eb, 0, false) : NO_STEP;
     }
     s = s < Storage<T>::lowest_step ? NO_STEP : min(s, STEP_LIMIT);
     shared.step[p] = s;
-    if (bound.kind == KIND_ABS || limit == 0 || s == NO_STEP) return;
+    if (bound.kind == KIND_ABS || zeros || s == NO_STEP) return;
     const int finest = ((s - 4) >> 2) - 2;   // exponent of the finest candidate's unit
-    if ((int)shared.fine[p] <= 1000 - finest || !(limit * Quantiser(s).inverse < 2048.0f)) {
+    if ((int)shared.fine[p] <= 1000 - finest || limit > (s >> 2) + 11) {   // 2^13 of the finest candidate's 2^k
         u32 candidates = 0;
         for (int d = 0; d < 9; d++) candidates |= (u32)(abs(s + 4 - d) <= STEP_LIMIT) << d;
         atomicOr(&shared.maybe_seen, candidates << 9 * p);
@@ -427,8 +442,12 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
     for (u32 index = blockIdx.x; index < num_pages; index += gridDim.x) {
         Page<T, FAST> page((const u16*)pages[index], g);
         bool raw = coding == CODING_RAW;
+        u32 largest0 = 0, largest1 = 0;
         if (FAST && !raw) page.load(0);
-        if (tid == 0) shared.clear();
+        if (tid == 0) {
+            shared.clear();
+            shared.payload = payloads[index];
+        }
         __syncthreads();
         if (!raw) {
             if (kind0 != KIND_ABS || kind1 != KIND_ABS) {
@@ -436,6 +455,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
                 __syncthreads();
             }
             if (tid < g.parts()) choose_step<T>(tid, {tid ? kind1 : kind0, tid ? step1 : step0, tid ? factor1 : factor0}, shared);
+            if (FAST) largest0 = page.largest_magnitude(0), largest1 = page.largest_magnitude(1);   // meanwhile
             __syncthreads();
             if (shared.maybe_seen) {   // rare: look at every value
                 const u32 fits = __reduce_and_sync(FULL, groups_that_fit(page, shared.maybe_seen, shared.step));
@@ -453,8 +473,12 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
         if (!FAST && !raw) {   // the size first, since it decides where the payload goes
             for (u32 chunk = 0; chunk < chunks; chunk++) {
                 page.load(chunk);
-                u32 chunk_words = code_words(page.width_code(0, Quantiser(shared.step[page.part(0)])));
-                chunk_words += code_words(page.width_code(1, Quantiser(shared.step[page.part(1)])));
+                u32 chunk_words = 0;
+                #pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const Quantiser quantiser(shared.step[page.part(h)]);
+                    chunk_words += code_words(page.width_code(h, page.largest_magnitude(h), quantiser));
+                }
                 block_scan(chunk_words, shared.scan, chunk_words);
                 words += chunk_words;
                 __syncthreads();   // shared.scan is free again
@@ -468,7 +492,8 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             if (!FAST) page.load(chunk);
             const Quantiser quantiser(shared.step[page.part(0)]);
             const Quantiser quantiser1 = FAST ? quantiser : Quantiser(shared.step[page.part(1)]);
-            const u32 code0 = page.width_code(0, quantiser), code1 = page.width_code(1, quantiser1);
+            if (!FAST) largest0 = page.largest_magnitude(0), largest1 = page.largest_magnitude(1);
+            const u32 code0 = page.width_code(0, largest0, quantiser), code1 = page.width_code(1, largest1, quantiser1);
             ((u8*)shared.codes)[tid] = (u8)(code0 | code1 << 4);
             const bool narrow = __all_sync(FULL, max(code0, code1) <= NARROW_CODE);
             if (narrow) {
@@ -507,7 +532,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
                 at += code_words(code);
             }
             __syncthreads();
-            u32* const payload = (u32*)payloads[index] + 4ull * shared.place;
+            u32* const payload = (u32*)shared.payload + 4ull * shared.place;
             // codes: 16 bytes a thread
             const u32 code_bytes = min(blockDim.x, g.code_bytes() - chunk * blockDim.x);
             if (tid < code_bytes / 16) {
@@ -539,7 +564,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             __syncthreads();   // nobody reads shared.place of a chunk any more
             if (tid == 0) shared.place = reserve(2 * values, index, regions, cursors);
             __syncthreads();
-            check = write_raw((const u16*)pages[index], values, (u32*)payloads[index] + 4ull * shared.place);
+            check = write_raw((const u16*)pages[index], values, (u32*)shared.payload + 4ull * shared.place);
         }
         check = warp_sum(check);
         if ((tid & 31) == 0) atomicAdd(&shared.check, check);
