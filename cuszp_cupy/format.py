@@ -65,17 +65,15 @@ non-finite values and -0.0 come back bit for bit.
           7   checksum
     coding    0 raw, 1 fixed.  tables is 0.  In raw pages, and for a missing part 1, the step is 0.
 
-2.2 Checksum. Sum mod 2^32, over header words i = 0..6 and payload words i = 8, 9, ... (the last one padded
-    with zero bytes), of mix(word XOR (i 0x9E3779B1 mod 2^32)), where mix is::
-
-    h ^= h >> 16;  h = h 0x85EBCA6B mod 2^32;  h ^= h >> 13;  h = h 0xC2B2AE35 mod 2^32
-
-    mix is a bijection: any change within one word is seen; others with probability 1 - 2^-32.
+2.2 Checksum. The sum of w_i c_i mod 2^32 - 5 (a prime), over header words i = 0..6 and payload words
+    i = 8, 9, ... (the last one padded with zero bytes), with c_i = ((i + 1) 0x9E3779B1 mod 2^26) | 1.
+    A change within one word is seen, unless it is by 2^32 - 5 exactly, which takes more than one bit; others
+    are with probability 1 - 2^-32.
 
 2.3 Steps. A step number s = 4 k + m - 4, m in 4..7, -400 <= s <= 400, stands for step = m 2^(k-2).
     The grid of s (magnitudes; two slopes, so that every point is a storage value)::
 
-    y(q) = min(q m, 4 q + 32 (m - 4)) 2^(k-2), but at most the largest finite value of the dtype
+    y(q) = min(q m, 4 q + 32 (m - 4)) 2^(k-2)
 
     i.e. multiples of step up to 32 step, and from there on multiples of 2^k <= step. Points <= 32 step
     need 8 significant bits at most; points beyond are multiples of 2^k, and where the type's own spacing
@@ -91,7 +89,8 @@ non-finite values and -0.0 come back bit for bit.
 
     width code 0        every q is 0 and no value is -0.0: no words
                1..14    b + 1: magnitude planes 0 .. b-1, then the plane of sign bits (b <= 13)
-               15       a non-finite value, or q >= 2^13: the 16 planes of the storage bits, LSB first
+               15       q >= 2^13, or |x| + step (rounded to float32) above the largest finite value of the
+                        dtype, or x not finite: the 16 planes of the storage bits, LSB first
     plane word          bit i: first value of pair i;  bit 16 + i: second value of pair i
 
     payload  | width codes, 4 bits a group, low nibble first, zero-padded to 16 bytes | words of group 0, 1, ... |
@@ -153,8 +152,9 @@ STEP_BIAS = 512
 STEP_LIMIT = 400
 LOWEST_STEP = {"float16": -88, "bfloat16": -STEP_LIMIT}  # of an encoder: below it, pages are raw (2.7)
 MAX_MAGNITUDE = 2**13  # a magnitude of this or more makes its group width code 15
-MAX_PAGE_VALUES = 2**29
+MAX_PAGE_VALUES = 2**26
 FIRST_PAYLOAD_INDEX = 8  # index of payload word 0 in the checksum
+CHECKSUM_PRIME = 2**32 - 5
 #: words a group of width code c takes
 CODE_WORDS = np.array([*range(15), 16], np.uint32)
 #: two_eb / 2^k from which on m is 5, 6, 7 (2.7)
@@ -411,9 +411,8 @@ def checksum(header: bytes, payload) -> int:
     payload = np.frombuffer(payload, np.uint8)
     payload = np.concatenate([payload, np.zeros(-payload.size % 4, np.uint8)]).view("<u4")
     words = np.concatenate([np.frombuffer(header[:28], "<u4"), payload])
-    index = np.arange(words.size, dtype=np.uint32)
-    index[7:] += FIRST_PAYLOAD_INDEX - 7
-    h = words ^ index * np.uint32(0x9E3779B1)
-    h = (h ^ h >> np.uint32(16)) * np.uint32(0x85EBCA6B)
-    h = (h ^ h >> np.uint32(13)) * np.uint32(0xC2B2AE35)
-    return int(h.sum(dtype=np.uint64)) & 0xFFFFFFFF
+    factor = np.arange(1, words.size + 1, dtype=np.uint32)
+    factor[7:] += FIRST_PAYLOAD_INDEX - 7
+    factor = factor * np.uint32(0x9E3779B1) & np.uint32(2**26 - 1) | np.uint32(1)
+    terms = words.astype(np.uint64) * factor % np.uint64(CHECKSUM_PRIME)  # products of at most 58 bits
+    return int(terms.sum()) % CHECKSUM_PRIME

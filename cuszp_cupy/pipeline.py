@@ -15,6 +15,7 @@ arena, or rows of the caller's (``HostRows``).
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 
@@ -327,7 +328,7 @@ class SwapPipeline:
         self.close()
 
     def __del__(self):
-        if not self._closed:
+        if not (self._closed or sys.is_finalizing()):
             self.close()
 
     def memory(self) -> dict[str, int | float]:
@@ -683,11 +684,12 @@ class SwapPipeline:
             else:
                 order, first, home = row_regions(slots, self._pages_per_row)
             row, j = np.divmod(home, self._pages_per_row)
-            packed = row[self._packed[row]]
-            self._forget(np.unique(packed[:, None] * self._pages_per_row + np.arange(self._pages_per_row)))
+            whole = np.diff(first) == self._pages_per_row
+            spoilt = row[~whole & self._packed[row]]
+            if spoilt.size:
+                self._forget(self._slots_of_rows(spoilt))
             self._forget(slots)
-            self._packed[row] = False
-            self._packed[row[np.diff(first) > 1]] = True
+            self._packed[row] = whole
             return order, first, self._base + row * self._rows.stride + j * self.page_bytes, waits
         try:
             offsets, units = self.arena.reserve(slots.size, self._slot_bytes, self._tile_pages)
@@ -729,6 +731,9 @@ class SwapPipeline:
         self._limbo.clear()
         self._held[old] = 0
         return regions
+
+    def _slots_of_rows(self, row) -> np.ndarray:
+        return (np.unique(row)[:, None] * self._pages_per_row + np.arange(self._pages_per_row)).ravel()
 
     def _forget(self, slots) -> None:
         """Make distinct slots empty."""
@@ -847,9 +852,10 @@ class SwapPipeline:
             raise ValueError(f"slots: nothing is stored in {_some(empty)}; they were never stored, or dropped")
 
     def _check_writable(self, slots) -> None:
+        if not self._fixed.any():
+            return
         if self._rows:  # what happens to one slot of a row may happen to all
-            row = np.unique(slots // self._pages_per_row)
-            slots = (row[:, None] * self._pages_per_row + np.arange(self._pages_per_row)).ravel()
+            slots = self._slots_of_rows(slots // self._pages_per_row)
         fixed = slots[self._fixed[slots] > 0]
         if fixed.size:
             raise ValueError(f"slots: a prepared transfer holds {_some(fixed)}; close it first")

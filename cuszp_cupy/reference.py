@@ -217,7 +217,7 @@ def encode_page(
     >>> page = np.linspace(-1, 1, 16 * 64).astype(np.float16).reshape(16, 64)
     >>> blob = encode_page(page, "abs:0.01")
     >>> len(blob), bool(abs(decode_page(blob) - page).max() <= 0.01)
-    (996, True)
+    (944, True)
     """
     page = np.asarray(page)
     dtype = check_page_dtype(page.dtype)
@@ -360,29 +360,29 @@ def _step_seen_before(x: np.ndarray, s: int, dtype: str) -> int:
     for candidate in range(s + 4, s - 5, -1):
         if abs(candidate) > STEP_LIMIT:
             continue
-        q, escaped = _quantise(x, candidate)
-        on_grid = (_grid(q, candidate, dtype) == magnitude).all(axis=(1, 2))
+        q, escaped = _quantise(x, candidate, dtype)
+        on_grid = (_grid(q, candidate) == magnitude).all(axis=(1, 2))
         if (on_grid | escaped).all():
             return candidate
     return s
 
 
-def _quantise(x: np.ndarray, s) -> tuple[np.ndarray, np.ndarray]:
-    """2.6: magnitudes q (float64), and whether a group needs width code 15."""
+def _quantise(x: np.ndarray, s, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """2.6: magnitudes q (float64); and 2.5: whether a group needs width code 15."""
     k, m = _km(s)
-    with np.errstate(invalid="ignore"):
+    largest = np.float32(ml_dtypes.finfo(_NUMPY_DTYPES[dtype]).max)
+    with np.errstate(invalid="ignore", over="ignore"):
         magnitude = np.abs(x.astype(np.float64))
         inverse = (1 / np.ldexp(m, k - 2)).astype(np.float32).astype(np.float64)
         q = np.maximum(np.rint(magnitude * inverse), np.rint(np.ldexp(magnitude, -k) - 8.0 * (m - 4)))
-    escaped = ~(q < MAX_MAGNITUDE).all(axis=(1, 2))
-    return q, escaped
+        within = (q < MAX_MAGNITUDE) & (np.abs(x) + np.ldexp(m, k - 2).astype(np.float32) <= largest)
+    return q, ~within.all(axis=(1, 2))
 
 
-def _grid(q: np.ndarray, s, dtype: str) -> np.ndarray:
-    """2.3: y(q), 'but at most the largest finite value of the dtype'."""
+def _grid(q: np.ndarray, s) -> np.ndarray:
+    """2.3: y(q)."""
     k, m = _km(s)
-    y = np.ldexp(np.minimum(q * m, 4 * q + 32.0 * (m - 4)), k - 2)
-    return np.minimum(y, float(ml_dtypes.finfo(_NUMPY_DTYPES[dtype]).max))
+    return np.ldexp(np.minimum(q * m, 4 * q + 32.0 * (m - 4)), k - 2)
 
 
 def _km(s):
@@ -410,7 +410,7 @@ def _unplanes(planes: np.ndarray) -> np.ndarray:
 
 def _encode_fixed(groups, dtype, geometry, steps) -> bytes:
     """2.5."""
-    q, escaped = _quantise(_floats(groups, dtype), np.asarray(steps)[_part_of_group(geometry)])
+    q, escaped = _quantise(_floats(groups, dtype), np.asarray(steps)[_part_of_group(geometry)], dtype)
     q = np.where(escaped[:, None, None], 0, q).astype(np.uint16)
     magnitude_bits = np.frexp(q.max(axis=(1, 2)).astype(np.float64))[1]
     nothing = (q == 0).all(axis=(1, 2)) & (groups != 0x8000).all(axis=(1, 2))
@@ -442,7 +442,8 @@ def _decode_fixed(payload, dtype, geometry, steps) -> np.ndarray:
     planes[regular, 15] = planes[regular, code[regular] - 1]
     planes[regular, code[regular] - 1] = 0
     v = _unplanes(planes)
-    y = _grid((v & 0x7FFF).astype(np.float64), np.asarray(steps)[_part_of_group(geometry)], dtype)
-    y = y.astype(np.float32).astype(_NUMPY_DTYPES[dtype])
+    y = _grid((v & 0x7FFF).astype(np.float64), np.asarray(steps)[_part_of_group(geometry)])
+    with np.errstate(over="ignore"):  # only points that no encoder writes
+        y = y.astype(np.float32).astype(_NUMPY_DTYPES[dtype])
     bits = y.view(np.uint16) | v & 0x8000
     return np.where((code == 15)[:, None, None], v, bits)

@@ -21,14 +21,15 @@ typedef unsigned long long u64;
 struct float16 {};
 struct bfloat16 {};
 
-// A word holds two storage values: lo = first, hi = second value of a pair. maximum keeps NaN. pack rounds to nearest even and
-// limits to the largest finite value (2.3); it takes magnitudes.
+// A word holds two storage values: lo = first, hi = second value of a pair. maximum keeps NaN; pack rounds to
+// nearest even.
 template <typename T> struct Storage;
 
 template <> struct Storage<bfloat16> {
     static constexpr u32 dtype = 1;
     static constexpr int lowest_step = -STEP_LIMIT;   // 2.7
-    static constexpr float largest = 0x1.fep127f;     // the largest finite value
+    static constexpr float largest = 0x1.fep127f;     // the largest finite value, below 2^top
+    static constexpr int top = 128;
     static __device__ float lo(u32 pair) { return __uint_as_float(pair << 16); }
     static __device__ float hi(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
     static __device__ u32 maximum(u32 a, u32 b) {
@@ -38,7 +39,6 @@ template <> struct Storage<bfloat16> {
     static __device__ u32 pack(float lo, float hi) {
         u32 pair;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-        asm("min.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x7f7f7f7fu));
         return pair;
     }
 };
@@ -47,6 +47,7 @@ template <> struct Storage<float16> {
     static constexpr u32 dtype = 0;
     static constexpr int lowest_step = -88;
     static constexpr float largest = 65504.0f;
+    static constexpr int top = 16;
     static __device__ float lo(u32 pair) {
         float x;
         asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(pair));
@@ -64,7 +65,6 @@ template <> struct Storage<float16> {
     static __device__ u32 pack(float lo, float hi) {
         u32 pair;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
-        asm("min.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x7bff7bffu));
         return pair;
     }
 };
@@ -119,21 +119,21 @@ struct alignas(16) Grid {
     }
 };
 
-// 2.2
-__device__ inline u32 mix(u32 word, u32 index) {
-    u32 h = word ^ index * 0x9E3779B1u;
-    h = (h ^ h >> 16) * 0x85EBCA6Bu;
-    return (h ^ h >> 13) * 0xC2B2AE35u;
+// 2.2. Terms are added up in 64 bits (a term has up to 58), and folded when there are many: 2^32 = 5 mod 2^32 - 5.
+__device__ inline u64 term(u32 word, u32 index) { return (u64)word * ((index + 1) * 0x9E3779B1u & 0x3ffffffu | 1u); }
+__device__ inline u64 term4(uint4 w, u32 index) {
+    return term(w.x, index) + term(w.y, index + 1) + term(w.z, index + 2) + term(w.w, index + 3);
 }
-
-__device__ inline u32 mix4(uint4 w, u32 index) {
-    return mix(w.x, index) + mix(w.y, index + 1) + mix(w.z, index + 2) + mix(w.w, index + 3);
+__device__ inline u64 fold(u64 sum) { return (sum & 0xffffffffu) + 5 * (sum >> 32); }
+__device__ inline u32 residue(u64 sum) {
+    sum = fold(fold(sum));
+    return (u32)(sum < 0xfffffffbu ? sum : sum - 0xfffffffbu);
 }
 
 template <typename T>
-__device__ u32 header_checksum(const Geometry& g, u32 word1, u32 payload_bytes) {
-    return mix('k' | 'v' << 8 | 1 << 16 | Storage<T>::dtype << 24, 0) + mix(word1, 1) + mix(g.tokens, 2) +
-           mix(g.channels, 3) + mix(g.widths, 4) + mix(g.outer, 5) + mix(payload_bytes, 6);
+__device__ u64 header_terms(const Geometry& g, u32 word1, u32 payload_bytes) {
+    return term('k' | 'v' << 8 | 1 << 16 | Storage<T>::dtype << 24, 0) + term(word1, 1) + term(g.tokens, 2) +
+           term(g.channels, 3) + term(g.widths, 4) + term(g.outer, 5) + term(payload_bytes, 6);
 }
 
 __device__ inline u32 code_words(u32 code) { return code + (code == CODE_ESCAPE); }
@@ -167,6 +167,11 @@ __device__ inline void transpose(u32 (&r)[16]) {
 }
 
 __device__ inline u32 warp_sum(u32 v) { return __reduce_add_sync(FULL, v); }
+// Folded below 2^33 first, so that sums of 16 bits do.
+__device__ inline u64 warp_check(u64 sum) {
+    sum = fold(fold(sum));
+    return warp_sum((u32)sum & 0xffffu) + ((u64)warp_sum((u32)(sum >> 16)) << 16);
+}
 
 // Exclusive prefix sum over the block, and its total. Two barriers' worth of care: `shared` must not be in use
 // by anybody before the call; it may be reused after the next barrier of the caller.

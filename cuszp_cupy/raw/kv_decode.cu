@@ -16,6 +16,12 @@
 // written at all. Format: section 2.
 #include "kv_common.cuh"
 
+// 16-byte loads of a thread under way at once: as many as the registers allow without spills
+#if __CUDA_ARCH__ >= 1000
+#define BATCH 1u
+#else
+#define BATCH 3u
+#endif
 #define BAD_ROW 1u
 #define BAD_CODES 2u
 #define BAD_CHECKSUM 4u
@@ -23,7 +29,8 @@
 struct Shared {
     Grid grid[2];   // of the parts
     u32 codes[MAX_THREADS / 4];
-    u32 scan[MAX_WARPS], check[MAX_WARPS], bad[MAX_WARPS];
+    u64 check[MAX_WARPS];
+    u32 scan[MAX_WARPS], bad[MAX_WARPS];
 };
 
 // Width code i of the chunk.
@@ -32,30 +39,30 @@ __device__ inline u32 code_of(const Shared& shared, u32 i) { return ((const u8*)
 // Words [begin, begin + count) of a payload of `bytes` bytes to `image`, which starts at word begin rounded down
 // to a multiple of 4. A last word that an odd payload has only half of is filled with zeros. Returns this
 // thread's part of the checksum.
-__device__ inline u32 load_words(const u8* payload, u32 bytes, u32 begin, u32 count, uint4* image) {
+__device__ inline u64 load_words(const u8* payload, u32 bytes, u32 begin, u32 count, uint4* image) {
     const u32 end = begin + count, base = begin & ~3u, whole = min(end, bytes / 16 * 4);
     const uint4* const from = (const uint4*)payload;
-    u32 check = 0;
-    for (u32 first = base + 4 * threadIdx.x; first < whole; first += 12 * blockDim.x) {
-        uint4 w[3];   // several loads under way at once
+    u64 check = 0;
+    for (u32 first = base + 4 * threadIdx.x; first < whole; first += 4 * BATCH * blockDim.x) {
+        uint4 w[BATCH];   // several loads under way at once
         #pragma unroll
-        for (u32 j = 0; j < 3; j++) {
+        for (u32 j = 0; j < BATCH; j++) {
             const u32 i = first + 4 * j * blockDim.x;
             if (i < whole) w[j] = from[i / 4];
         }
         #pragma unroll
-        for (u32 j = 0; j < 3; j++) {
+        for (u32 j = 0; j < BATCH; j++) {
             const u32 i = first + 4 * j * blockDim.x;
             if (i >= whole) break;
             image[(i - base) / 4] = w[j];
             if (i >= begin && i + 4 <= end) {
-                check += mix4(w[j], PAYLOAD_INDEX + i);
+                check += term4(w[j], PAYLOAD_INDEX + i);
                 continue;
             }
             const u32 word[4] = {w[j].x, w[j].y, w[j].z, w[j].w};
             #pragma unroll
             for (u32 l = 0; l < 4; l++) {
-                if (i + l >= begin && i + l < end) check += mix(word[l], PAYLOAD_INDEX + i + l);
+                if (i + l >= begin && i + l < end) check += term(word[l], PAYLOAD_INDEX + i + l);
             }
         }
     }
@@ -64,7 +71,7 @@ __device__ inline u32 load_words(const u8* payload, u32 bytes, u32 begin, u32 co
         u32 word = *(const u16*)(payload + 4 * (u64)i);
         if (4 * (u64)i + 4 <= bytes) word |= (u32) * (const u16*)(payload + 4 * (u64)i + 2) << 16;
         ((u32*)image)[i - base] = word;
-        check += mix(word, PAYLOAD_INDEX + i);
+        check += term(word, PAYLOAD_INDEX + i);
     }
     return check;
 }
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
             continue;
         }
         const u32 all_words = (bytes + 3) / 4;
-        u32 check = tid == 0 ? header_checksum<T>(g, row.x, bytes) - row.z : 0;   // sums to 0 if all is well
+        u64 check = tid == 0 ? header_terms<T>(g, row.x, bytes) : 0;
         u32 bad = 0, words = 0;
         if (tid < 2) shared.grid[tid] = Grid(tid ? s1 : s0);
         for (u32 chunk = 0; chunk < chunks; chunk++) {
@@ -199,13 +206,13 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
                 words += chunk_words;
             }
             if (last) {   // the verdict, before the last chunk (of most pages: the only one) is written
-                check = warp_sum(check);
+                check = warp_check(check);
                 bad = __reduce_or_sync(FULL, bad);
                 if (lane == 0) shared.check[warp] = check, shared.bad[warp] = bad;
                 __syncthreads();
-                check = warp_sum(lane < blockDim.x >> 5 ? shared.check[lane] : 0);
+                check = warp_check(lane < blockDim.x >> 5 ? shared.check[lane] : 0);
                 bad = __reduce_or_sync(FULL, lane < blockDim.x >> 5 ? shared.bad[lane] : 0);
-                if (check) bad |= BAD_CHECKSUM;
+                if (residue(check) != row.z) bad |= BAD_CHECKSUM;
                 if (bad) break;
             }
             if (raw) {
@@ -229,6 +236,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
                                         Writer<FAST>{page, g, present, offset});
                 }
             }
+            check = fold(check);
             __syncthreads();   // the image is free for the next chunk or page
         }
         if (tid == 0) status[index] = bad;

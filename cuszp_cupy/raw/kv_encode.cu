@@ -40,13 +40,14 @@ struct Shared {
     u32 sum[2], sum_high[2];      // 2.7, rms: S = sum + 2^12 sum_high
     int step[2];
     u32 maybe_seen;               // 2.8: candidates not ruled out: bit 9 p + d stands for step[p] + 4 - d
-    u32 check, place;
+    u32 check, check_high;        // of the checksum: check + 2^16 check_high
+    u32 place;
     u64 payload;                  // payloads[index], fetched early
 
     __device__ void clear() {
         #pragma unroll
         for (int p = 0; p < 2; p++) top[p] = bottom[p] = fine[p] = sum[p] = sum_high[p] = step[p] = 0;
-        maybe_seen = check = 0;
+        maybe_seen = check = check_high = 0;
     }
 };
 #define UNKNOWN 0xffffffffu
@@ -62,23 +63,26 @@ __device__ inline float key_float(u32 key) {
 
 // 1000 - exponent of the lowest bit set in x; 0 for zeros. Denormals count as finer than they are, which is finer
 // than any step all the same.
-template <typename T>
-__device__ u32 fineness(float x) {
+__device__ inline u32 fineness(float x) {
     const u32 b = __float_as_uint(x) & 0x7fffffffu;
-    if (b == 0 || fabsf(x) == Storage<T>::largest) return 0;   // both lie on grids of any step
-    return 1150 - (b >> 23) - (__ffs((b & 0x7fffffu) | 0x800000u) - 1);
+    return b == 0 ? 0 : 1150 - (b >> 23) - (__ffs((b & 0x7fffffu) | 0x800000u) - 1);
 }
 
 // 2.6: |x| to 2^23 + q as a float's bits. Not below 2^23 + 2^13 where q is too large or x not finite.
 struct Quantiser {
-    float inverse, inverse_pow2, shifted;
+    float step, inverse, inverse_pow2, shifted;
 
     __device__ explicit Quantiser(int s) {
         const int m = s & 3;   // + 4; 1 / step is the rounded 1 / m, scaled
+        step = Grid(s).step;
         inverse = (m == 0 ? 1 / 4.0f : m == 1 ? 1 / 5.0f : m == 2 ? 1 / 6.0f : 1 / 7.0f) *
                   __uint_as_float((u32)(129 - (s >> 2)) << 23);
         inverse_pow2 = __uint_as_float((u32)(127 - (s >> 2)) << 23);
         shifted = MAGIC_FLOAT - 8.0f * (s & 3);
+    }
+    // 2.5: whether a group with the magnitude x needs its storage bits kept.
+    template <typename T> __device__ bool escapes(float x) const {
+        return (*this)(x) & ~(MAGIC_BITS | MAGNITUDE_MASK) || !(__fadd_rn(x, step) <= Storage<T>::largest);
     }
     __device__ u32 operator()(float x) const {
         return __float_as_uint(fmaxf(__fmaf_rn(x, inverse, MAGIC_FLOAT), __fmaf_rn(x, inverse_pow2, shifted)));
@@ -212,8 +216,8 @@ struct Page {
 
     // 2.5: the width code of group h.
     __device__ u32 width_code(int h, u32 largest, const Quantiser& quantiser) const {
-        const u32 bits = quantiser(Storage<T>::lo(largest));
-        u32 code = bits & ~(MAGIC_BITS | MAGNITUDE_MASK) ? CODE_ESCAPE : 33 - __clz(bits & MAGNITUDE_MASK);
+        const float x = Storage<T>::lo(largest);
+        u32 code = quantiser.template escapes<T>(x) ? CODE_ESCAPE : 33 - __clz(quantiser(x) & MAGNITUDE_MASK);
         if (code == 1) {   // every magnitude is 0: signs matter only for -0.0
             code = 0;
             #pragma unroll 1
@@ -252,12 +256,13 @@ struct Page {
     }
 };
 
-// 2.8: whether x lies on the grid of s; sets `escaped` if its magnitude there is too large for a width code.
+// 2.8: whether x lies on the grid of s; sets `escaped` if its group is escaped there.
 template <typename T>
 __device__ bool on_grid(float x, int s, bool& escaped) {
-    const float q = __uint_as_float(Quantiser(s)(fabsf(x)));
-    escaped |= !(q <= MAGIC_FLOAT + (float)MAGNITUDE_MASK);
-    return fminf(Grid(s).point(q), Storage<T>::largest) == fabsf(x);
+    const Quantiser quantiser(s);
+    x = fabsf(x);
+    escaped |= quantiser.escapes<T>(x);
+    return Grid(s).point(__uint_as_float(quantiser(x))) == x;
 }
 
 // 2.8, exactly: those bits of shared.maybe_seen on whose grids all of this thread's groups lie.
@@ -307,7 +312,7 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
             } else {
                 simple = page.extremes(h, group_top, group_bottom);
             }
-            const u32 group_fine = !simple ? UNKNOWN : h == 0 ? fineness<T>(Storage<T>::lo(page.pair[h][0])) : 0;
+            const u32 group_fine = !simple ? UNKNOWN : h == 0 ? fineness(Storage<T>::lo(page.pair[h][0])) : 0;
             #pragma unroll
             for (int p = 0; p < 2; p++) {
                 top[p] = max(top[p], one == p ? group_top : 0);
@@ -386,7 +391,8 @@ __device__ void choose_step(u32 p, const PartBound& bound, Shared& shared) {
     shared.step[p] = s;
     if (bound.kind == KIND_ABS || zeros || s == NO_STEP) return;
     const int finest = ((s - 4) >> 2) - 2;   // exponent of the finest candidate's unit
-    if ((int)shared.fine[p] <= 1000 - finest || limit > (s >> 2) + 11) {   // 2^13 of the finest candidate's 2^k
+    const int k = s >> 2;   // below 2^(k+12) no magnitude reaches 2^13, nor a step 2^(k+2)
+    if ((int)shared.fine[p] <= 1000 - finest || limit > k + 11 || max(limit, k + 3) >= Storage<T>::top) {   // 2^13 of the finest candidate's 2^k
         u32 candidates = 0;
         for (int d = 0; d < 9; d++) candidates |= (u32)(abs(s + 4 - d) <= STEP_LIMIT) << d;
         atomicOr(&shared.maybe_seen, candidates << 9 * p);
@@ -399,26 +405,26 @@ __device__ inline u32 reserve(u32 bytes, u32 index, const u32* regions, u32* cur
 }
 
 // Copies the page as it is. Returns this thread's part of the checksum.
-__device__ inline u32 write_raw(const u16* data, u32 values, u32* payload) {
-    u32 check = 0;
+__device__ inline u64 write_raw(const u16* data, u32 values, u32* payload) {
+    u64 check = 0;
     u32 done = 0;
     if ((u64)data % 16 == 0) {
         const uint4* from = (const uint4*)data;
         for (u32 i = threadIdx.x; i < values / 8; i += blockDim.x) {
             uint4 w = __ldg(from + i);
             ((uint4*)payload)[i] = w;
-            check += mix4(w, PAYLOAD_INDEX + 4 * i);
+            check = fold(check) + term4(w, PAYLOAD_INDEX + 4 * i);
         }
         done = values / 8 * 4;
     }
     for (u32 i = done + threadIdx.x; i < values / 2; i += blockDim.x) {
         u32 w = load_pair(data + 2 * i);
         payload[i] = w;
-        check += mix(w, PAYLOAD_INDEX + i);
+        check = fold(check) + term(w, PAYLOAD_INDEX + i);
     }
     if (values % 2 && threadIdx.x == 0) {
         ((u16*)payload)[values - 1] = data[values - 1];
-        check += mix(data[values - 1], PAYLOAD_INDEX + values / 2);
+        check += term(data[values - 1], PAYLOAD_INDEX + values / 2);
     }
     return check;
 }
@@ -487,7 +493,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             if (tid == 0 && !raw) shared.place = reserve(4 * (first_word + words), index, regions, cursors);
             words = 0;
         }
-        u32 check = 0;
+        u64 check = 0;
         for (u32 chunk = 0; chunk < chunks && !raw; chunk++) {
             if (!FAST) page.load(chunk);
             const Quantiser quantiser(shared.step[page.part(0)]);
@@ -539,14 +545,14 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
                 const uint4 w = ((const uint4*)shared.codes)[tid];
                 const u32 i = chunk * (blockDim.x / 16) + tid;
                 ((uint4*)payload)[i] = w;
-                check += mix4(w, PAYLOAD_INDEX + 4 * i);
+                check += term4(w, PAYLOAD_INDEX + 4 * i);
             }
             const u32 end = shift + chunk_words, base = start - shift;
             for (u32 i = 4 * tid; i < end; i += 4 * blockDim.x) {
                 const uint4 w = image4[i / 4];
                 if (i >= shift && i + 4 <= end) {
                     *(uint4*)(payload + base + i) = w;
-                    check += mix4(w, PAYLOAD_INDEX + base + i);
+                    check += term4(w, PAYLOAD_INDEX + base + i);
                     continue;
                 }
                 const u32 word[4] = {w.x, w.y, w.z, w.w};   // the edges of the chunk
@@ -554,10 +560,11 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
                 for (u32 j = 0; j < 4; j++) {
                     if (i + j < shift || i + j >= end) continue;
                     payload[base + i + j] = word[j];
-                    check += mix(word[j], PAYLOAD_INDEX + base + i + j);
+                    check += term(word[j], PAYLOAD_INDEX + base + i + j);
                 }
             }
             words += chunk_words;
+            if (!FAST) check = fold(check);
             if (!FAST) __syncthreads();   // the image and the codes are free again
         }
         if (raw) {
@@ -566,15 +573,18 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             __syncthreads();
             check = write_raw((const u16*)pages[index], values, (u32*)shared.payload + 4ull * shared.place);
         }
-        check = warp_sum(check);
-        if ((tid & 31) == 0) atomicAdd(&shared.check, check);
+        check = warp_check(check);
+        if ((tid & 31) == 0) {
+            atomicAdd(&shared.check, (u32)check & 0xffffu);
+            atomicAdd(&shared.check_high, (u32)(check >> 16));
+        }
         __syncthreads();
         if (tid == 0) {   // which clears `shared` for the next page after this, and all others wait for that
             const u32 step0 = raw ? 0 : shared.step[0], step1 = raw ? 0 : shared.step[1];
             const u32 word1 = (step0 + STEP_BIAS) | (step1 + STEP_BIAS) << 10 | (raw ? CODING_RAW : CODING_FIXED) << 20;
             const u32 payload_bytes = raw ? 2 * values : 4 * (first_word + words);
-            rows[index] = make_uint4(word1, payload_bytes, header_checksum<T>(g, word1, payload_bytes) + shared.check,
-                                     shared.place);
+            check = header_terms<T>(g, word1, payload_bytes) + shared.check + ((u64)shared.check_high << 16);
+            rows[index] = make_uint4(word1, payload_bytes, residue(check), shared.place);
         }
     }
 }
