@@ -36,9 +36,9 @@ class ArenaMachine(RuleBasedStateMachine):
             assert offset + count * unit <= SIZE
             self.taken[offset : offset + count * unit] = True
             if i == 0 and room.max(initial=0) >= min(num, most):  # the smallest hole that takes it whole
-                smallest = holes[room >= min(num, most)].min()
                 begin, end = edges[np.searchsorted(edges, offset, side="right") - 1 :][:2]
-                assert count == min(num, most) and end - begin == smallest
+                assert count == min(num, most)
+                assert (end - begin) // unit == room[room >= count].min()
             self.held.append((offset, offset + count * unit))
 
     @precondition(lambda self: self.held)
