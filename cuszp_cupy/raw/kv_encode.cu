@@ -412,7 +412,7 @@ __device__ inline u64 write_raw(const u16* data, u32 values, u32* payload) {
         const uint4* from = (const uint4*)data;
         for (u32 i = threadIdx.x; i < values / 8; i += blockDim.x) {
             uint4 w = __ldg(from + i);
-            ((uint4*)payload)[i] = w;
+            store16(payload + 4 * i, w);
             check = fold(check) + term4(w, PAYLOAD_INDEX + 4 * i);
         }
         done = values / 8 * 4;
@@ -544,14 +544,14 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_encode(
             if (tid < code_bytes / 16) {
                 const uint4 w = ((const uint4*)shared.codes)[tid];
                 const u32 i = chunk * (blockDim.x / 16) + tid;
-                ((uint4*)payload)[i] = w;
+                store16(payload + 4 * i, w);
                 check += term4(w, PAYLOAD_INDEX + 4 * i);
             }
             const u32 end = shift + chunk_words, base = start - shift;
             for (u32 i = 4 * tid; i < end; i += 4 * blockDim.x) {
                 const uint4 w = image4[i / 4];
                 if (i >= shift && i + 4 <= end) {
-                    *(uint4*)(payload + base + i) = w;
+                    store16(payload + base + i, w);
                     check += term4(w, PAYLOAD_INDEX + base + i);
                     continue;
                 }
