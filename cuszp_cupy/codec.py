@@ -66,14 +66,13 @@ def compress(x, bound, mode: str = "fixed", *, engine: str = "kernels") -> Compr
         data, nbytes = library.compress_array(x, eb, mode)
         return Compressed(data, x.shape, x.dtype, eb, mode, engine, nbytes=nbytes)
     data = cupy.empty(max_stream_bytes(x.size), cupy.uint8)
-    size = cupy.zeros(1, cupy.uint64)
-    if x.size:
-        from .raw import cuszp
+    size = cupy.empty(1, cupy.uint64)
+    if x.size == 0:
+        return Compressed(data, x.shape, x.dtype, eb, mode, engine, nbytes=0)
+    from .raw import cuszp
 
-        workspace = _workspace(cuszp.workspace_bytes(x.size))
-        cuszp.compress(
-            x.data.ptr, x.size, x.dtype.name, eb, mode, data.data.ptr, size.data.ptr, workspace.data.ptr
-        )
+    workspace = _workspace(cuszp.workspace_bytes(x.size))
+    cuszp.compress(x.data.ptr, x.size, x.dtype.name, eb, mode, data.data.ptr, size.data.ptr, workspace.data.ptr)
     return Compressed(data, x.shape, x.dtype, eb, mode, engine, size=size)
 
 

@@ -36,6 +36,9 @@ elsewhere. nb = ceil(n / 32) blocks, nc = ceil(n / 32768) chunks. ::
     rate byte   | 1 | ob - 1 : 2 bits | k2 : 5 bits |
     payload     a[0] in ob bytes, 32 signs, planes 0 .. k2-1 (value 0 has zero bits in them)
 
+    k2 = 31 cannot occur here (the stored part would not be smaller), so a decoder refuses it: no payload is
+    longer than 128 bytes.
+
 1.5 Decoder. q = v, or its running int32 sum over the block; x = (T(q) eb) 2, each product rounded in T.
     A block without payload decodes to zeros. Stream size = 1024 nc + the sum of the payload sizes, at
     most ``max_stream_bytes(n)``.
