@@ -16,12 +16,6 @@
 // written at all. Format: section 2.
 #include "kv_common.cuh"
 
-// 16-byte loads of a thread under way at once: as many as the registers allow without spills
-#if __CUDA_ARCH__ >= 1000
-#define BATCH 1u
-#else
-#define BATCH 3u
-#endif
 #define BAD_ROW 1u
 #define BAD_CODES 2u
 #define BAD_CHECKSUM 4u
@@ -43,27 +37,17 @@ __device__ inline u64 load_words(const u8* payload, u32 bytes, u32 begin, u32 co
     const u32 end = begin + count, base = begin & ~3u, whole = min(end, bytes / 16 * 4);
     const uint4* const from = (const uint4*)payload;
     u64 check = 0;
-    for (u32 first = base + 4 * threadIdx.x; first < whole; first += 4 * BATCH * blockDim.x) {
-        uint4 w[BATCH];   // several loads under way at once
-        #pragma unroll
-        for (u32 j = 0; j < BATCH; j++) {
-            const u32 i = first + 4 * j * blockDim.x;
-            if (i < whole) w[j] = from[i / 4];
+    for (u32 i = base + 4 * threadIdx.x; i < whole; i += 4 * blockDim.x) {
+        const uint4 w = from[i / 4];
+        image[(i - base) / 4] = w;
+        if (i >= begin && i + 4 <= end) {
+            check += term4(w, PAYLOAD_INDEX + i);
+            continue;
         }
+        const u32 word[4] = {w.x, w.y, w.z, w.w};
         #pragma unroll
-        for (u32 j = 0; j < BATCH; j++) {
-            const u32 i = first + 4 * j * blockDim.x;
-            if (i >= whole) break;
-            image[(i - base) / 4] = w[j];
-            if (i >= begin && i + 4 <= end) {
-                check += term4(w[j], PAYLOAD_INDEX + i);
-                continue;
-            }
-            const u32 word[4] = {w[j].x, w[j].y, w[j].z, w[j].w};
-            #pragma unroll
-            for (u32 l = 0; l < 4; l++) {
-                if (i + l >= begin && i + l < end) check += term(word[l], PAYLOAD_INDEX + i + l);
-            }
+        for (u32 j = 0; j < 4; j++) {
+            if (i + j >= begin && i + j < end) check += term(word[j], PAYLOAD_INDEX + i + j);
         }
     }
     const u32 i = max(whole, begin) + threadIdx.x;   // at most 3 words and a half
@@ -136,7 +120,7 @@ __device__ void dequantise(const u32* words, u32 code, const Grid& grid, const W
 }
 
 template <typename T, bool FAST>
-__global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode(
+__global__ void __launch_bounds__(MAX_THREADS, FAST ? 3 : 1) kv_decode(
     const u64* __restrict__ payloads, const uint4* __restrict__ rows, const u64* __restrict__ pages,
     u32* __restrict__ status, u32 num_pages,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
