@@ -12,6 +12,7 @@ from cuszp_cupy import reference
 from cuszp_cupy.bound import Bound
 from cuszp_cupy.codec import Compressed, EncodedPages, compress, decode_pages, encode_pages
 from cuszp_cupy.format import FormatError, Geometry
+from cuszp_cupy.pipeline import HostRows, SwapPipeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "EncodedPages",
     "FormatError",
     "Geometry",
+    "HostRows",
+    "SwapPipeline",
     "compress",
     "decode_pages",
     "encode_pages",

@@ -80,12 +80,9 @@ def expected_us(pipeline, direction: str, num_pages: int) -> dict[str, float]:
     link = speed["d2h" if direction == "store" else "h2d"] * 1e3  # bytes a microsecond
     burst, fused = speed[f"{direction} burst"] * 1e3, speed[f"{direction} fused"] * 1e3
     launch = speed["launch_us"]
-    times = {
-        "staged": 4 * launch + min(nbytes, pipeline._tile_bytes) / burst + nbytes / min(ratio * link, burst),
-        "fused": 2 * launch + nbytes / min(ratio * link, fused),
-    }
-    if direction == "store":  # a load takes what was stored
-        times["raw"] = 2 * launch + nbytes / link
+    times = {} if direction == "load" else {"raw": 2 * launch + nbytes / link}  # a load takes what was stored
+    times["staged"] = 4 * launch + min(nbytes, pipeline._tile_bytes) / burst + nbytes / min(ratio * link, burst)
+    times["fused"] = 2 * launch + nbytes / min(ratio * link, fused)
     return times
 
 

@@ -184,6 +184,7 @@ class SwapPipeline:
         self._number = 0
         self._in_flight: dict[int, Transfer] = {}
         self._limbo: list[tuple[set[int], np.ndarray, np.ndarray]] = []  # freed, but transfers may still use it
+        self._guard: set[int] = set()  # transfers that may still use what is free in the arena
         self._packed_share, self._single_share = Predictor(), Predictor()
         self._stage_events: list = []  # free ones
         self.speed: dict[str, float] = {}  # what calibrate measured
@@ -677,7 +678,6 @@ class SwapPipeline:
             (order of the pages, first page of each region and the end, host addresses of the regions, transfers
             that must finish before the memory is written)
         """
-        waits = []
         if self._rows:
             if alone:
                 order, first, home = np.argsort(slots), np.arange(slots.size + 1), np.sort(slots)
@@ -690,12 +690,13 @@ class SwapPipeline:
                 self._forget(self._slots_of_rows(spoilt))
             self._forget(slots)
             self._packed[row] = whole
-            return order, first, self._base + row * self._rows.stride + j * self.page_bytes, waits
+            return order, first, self._base + row * self._rows.stride + j * self.page_bytes, []
         try:
             offsets, units = self.arena.reserve(slots.size, self._slot_bytes, self._tile_pages)
         except MemoryError:
             offsets, units = self._reserve_more(slots)
-            waits = list(self._in_flight.values())
+            self._guard = set(self._in_flight)
+        waits = [self._in_flight[number] for number in self._guard & self._in_flight.keys()]
         self._forget(slots)
         if alone:
             first = np.arange(slots.size + 1)
