@@ -629,7 +629,8 @@ def test_calls_return_at_once_and_allocate_nothing(host, transport, monkeypatch)
     outs = [empty_pages(40) for _ in range(3)]
     stream = cupy.cuda.Stream(non_blocking=True)
     with make_pipeline(host, num_slots=120, transport=transport) as swap:
-        for _ in range(2):  # warm-up: compiles, and makes argument blocks for as many calls in flight
+        warm_up(swap)
+        for _ in range(2):  # more of it: makes argument blocks for as many calls in flight
             with held(stream):
                 for i in range(3):
                     swap.store(device, np.arange(40) + 40 * i, stream)
