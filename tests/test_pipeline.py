@@ -215,6 +215,7 @@ def test_order_on_the_callers_stream(host, transport):
     expected = [first, second] if transport == "raw" else [through_reference(p) for p in (first, second)]
     device = [on_device(p) for p in (first, second)]
     with make_pipeline(host, transport=transport) as swap, cupy.cuda.Stream(non_blocking=True) as stream:
+        warm_up(swap)
         work, out, seen = empty_pages(24), empty_pages(24), [empty_pages(24) for _ in range(2)]
         warm_up(swap)
         slots = np.random.default_rng(2).permutation(24)
@@ -736,6 +737,7 @@ def test_auto_measures_and_explains():
         swap.speed["launch_us"] = 1e-3
         assert swap.store(on_device(pages), range(64)).transport == "staged"
         swap.speed |= {"ratio": 1.0, "launch_us": 10.0}
+        swap.synchronize()  # takes note of the stores so far, whose ratio would count
         swap.stats.store.payload_bytes = 0
         assert swap.store(on_device(pages[:1]), [0], transport="auto").transport == "raw", (
             "when nothing is gained"
