@@ -154,18 +154,19 @@ struct Page {
     }
 
     // 2.7, rms: t of group h. A group with non-finite values is summed again without them, one whose squares
-    // underflow counts as the smallest denormal, so that it is told from zeros. `simple`: t is positive and finite
-    // as it is.
+    // underflow counts as the smallest denormal, so that it is told from zeros. `simple`: neither happened.
     __device__ float squares(int h, bool& simple) const {
         float a = 0, b = 0;
+        u32 any = 0;
         #pragma unroll
         for (int i = 0; i < 16; i++) {
             float x = Storage<T>::lo(pair[h][i]), y = Storage<T>::hi(pair[h][i]);
             a = __fmaf_rn(x, x, a);
             b = __fmaf_rn(y, y, b);
+            any |= pair[h][i];
         }
         float t = __fadd_rn(a, b);
-        simple = t > 0 && t < __uint_as_float(INFINITE_BITS);
+        simple = t < __uint_as_float(INFINITE_BITS) && (t > 0 || (any & 0x7fff7fffu) == 0);
         if (simple) return t;
         a = b = 0;   // rare: read again, so that no registers are kept for it
         bool nonzero = false;
@@ -293,8 +294,7 @@ template <typename T, bool FAST>
 __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bound)[2], Shared& shared) {
     const bool first_lane = (threadIdx.x & 31) == 0;
     const u32 parts = page.g.parts();
-    u32 top[2] = {0, 0}, bottom[2] = {0, 0};
-    bool all_simple = true;
+    u32 top[2] = {0, 0}, bottom[2] = {0, 0}, fine[2] = {0, 0};
     float t[2] = {0, 0};
 
     for (u32 chunk = 0; chunk < chunks; chunk++) {
@@ -312,11 +312,12 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
             } else {
                 simple = page.extremes(h, group_top, group_bottom);
             }
-            all_simple &= simple;
+            const u32 group_fine = !simple ? UNKNOWN : h == 0 ? fineness(Storage<T>::lo(page.pair[h][0])) : 0;
             #pragma unroll
             for (int p = 0; p < 2; p++) {
                 top[p] = max(top[p], one == p ? group_top : 0);
                 bottom[p] = max(bottom[p], one == p ? group_bottom : 0);
+                fine[p] = max(fine[p], one == p ? group_fine : 0);
             }
         }
     }
@@ -324,20 +325,13 @@ __device__ void statistics(Page<T, FAST>& page, u32 chunks, const PartBound (&bo
     for (int p = 0; p < 2; p++) {
         if (p >= parts || bound[p].kind == KIND_ABS) continue;
         top[p] = __reduce_max_sync(FULL, top[p]);
+        fine[p] = __reduce_max_sync(FULL, fine[p]);
         if (bound[p].kind == KIND_REL) bottom[p] = __reduce_max_sync(FULL, bottom[p]);
         if (first_lane) {
             atomicMax(&shared.top[p], top[p]);
+            atomicMax(&shared.fine[p], fine[p]);
             if (bound[p].kind == KIND_REL) atomicMax(&shared.bottom[p], bottom[p]);
         }
-    }
-    // Every eighth thread's first value is sample enough: some of each part. Groups that are not simple may be
-    // escaped: nothing can be ruled out by samples then.
-    if (threadIdx.x % 8 == 0 && page.present(0)) {
-        atomicMax(&shared.fine[page.part(0)], fineness(Storage<T>::lo(page.pair[0][0])));
-    }
-    if (!__all_sync(FULL, all_simple) && first_lane) {
-        atomicMax(&shared.fine[0], UNKNOWN);
-        atomicMax(&shared.fine[1], UNKNOWN);
     }
     if (bound[0].kind != KIND_RMS && bound[1].kind != KIND_RMS) return;
     __syncthreads();
