@@ -1,6 +1,8 @@
 """The GPU codec against the reference: bytes, bounds, damage, and what it refuses."""
 
 import itertools
+import sys
+import types
 
 import ml_dtypes
 import numpy as np
@@ -403,6 +405,30 @@ def test_compressed_arrays(mode):
 
 
 def test_without_cupy_the_error_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(RuntimeError, match=r"install cuszp_cupy\[cuda13\]"):
         cuszp_cupy.compress(np.zeros(4, np.float32), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("cudaErrorNoDevice: no CUDA-capable device is detected", "nvidia-smi"),
+        (
+            "cudaErrorInsufficientDriver: CUDA driver version is insufficient",
+            r"update it, or install cuszp_cupy\[cuda12\]",
+        ),
+    ],
+)
+def test_without_a_usable_gpu_the_error_says_what_to_do(monkeypatch, reason, advice):
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def get_device():
+        raise CUDARuntimeError(reason)
+
+    runtime = types.SimpleNamespace(getDevice=get_device, CUDARuntimeError=CUDARuntimeError)
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(RuntimeError, match=f"no usable GPU.*{advice}"):
+        encode_pages([np.zeros((16, 2), np.float16)])
