@@ -1,0 +1,180 @@
+"""Random stores, loads and drops for minutes, every page that comes back compared with what it must be."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+
+import numpy as np
+
+from .. import reference
+from ..pipeline import HostRows, SwapPipeline
+from . import swap
+
+PAGE_KIB, NUM_SLOTS, PAGES_PER_ROW = 16, 4096, 8
+ARENA_SHARE = 0.4  # of the raw size of all slots: too little, so that old pages must go
+RING_BYTES = 16 << 20  # small, so that batches take several tiles
+MOST_PAGES = 512  # of a call
+NUM_STREAMS, MOST_IN_FLIGHT = 4, 24
+WARM_SHARE = 0.2  # of the time, until memory must not grow any more
+
+
+class Model:
+    """What each slot of a pipeline must bring back: index of an expected page, -1 where it holds nothing."""
+
+    def __init__(self, num_slots: int, pages_per_row: int):
+        self.content = np.full(num_slots, -1)
+        self._packed, self._per_row = np.zeros(-(-num_slots // pages_per_row), bool), pages_per_row
+
+    def store(self, slots: np.ndarray, content: np.ndarray, raw: bool) -> None:
+        """Take note of a store; what a packed row loses is lost here too (``HostRows``)."""
+        row, count = np.unique(slots // self._per_row, return_counts=True)
+        whole = (count == self._per_row) & ((not raw) | (self._per_row == 1))
+        spoilt = row[~whole & self._packed[row]]
+        self.content[(spoilt[:, None] * self._per_row + np.arange(self._per_row)).ravel()] = -1
+        self.content[slots], self._packed[row] = content, whole
+
+    def stored(self) -> np.ndarray:
+        """Return the slots that hold something."""
+        return np.flatnonzero(self.content >= 0)
+
+
+def library(bound: str) -> tuple[np.ndarray, np.ndarray, swap.PageSet]:
+    """Return pages of all kinds and what they decode to, as (n, values) uint16: real ones, zeros, NaNs, noise."""
+    pages = swap.page_set(PAGE_KIB)
+    bits, rng = pages.pages.view(np.uint16), np.random.default_rng(0)
+    special = rng.integers(0, 1 << 16, (4, *bits.shape[1:]), np.uint16)  # random bits: NaN, infinities, raw pages
+    special[0], special[1] = 0, 0x7FC0
+    special[2, :, ::7] = bits[0, :, ::7]
+    x = np.concatenate([bits, special])
+    blobs = [reference.encode_page(p.view(pages.pages.dtype), bound, geometry=pages.geometry) for p in x]
+    decoded = np.stack([reference.decode_page(blob).view(np.uint16) for blob in blobs])
+    return x.reshape(len(x), -1), decoded.reshape(len(x), -1), pages
+
+
+def check(stream, loaded, expected, content, wrong) -> None:
+    """Add to ``wrong`` on ``stream`` how many of the pages ``loaded`` differ from ``expected[content]``."""
+    import cupy
+
+    with stream:
+        wrong += (loaded != expected[cupy.asarray(content)]).any(axis=1).sum().astype(wrong.dtype)
+
+
+def soak(minutes: float, bound: str, step=lambda text: None, seed: int = 0) -> dict:
+    """Use two pipelines, arena and rows, at random on several streams; return what was done and found.
+
+    Returns:
+        ``seconds``; ``calls`` of each kind and ``evictions``; ``pages_stored``, ``pages_loaded``, ``mismatches``
+        (pages that came back other than expected), ``damaged`` (pages whose checksum failed);
+        ``growth_bytes`` since the warm-up, of ``device``, ``arguments`` (of the pipelines, pinned and as much
+        on the device) and ``host`` (what the process holds); ``fragmentation`` of the arena, the largest and
+        the last.
+    """
+    import cupy
+
+    x, decoded, pages = library(bound)
+    geometry, size, rng = pages.geometry, pages.geometry.nbytes, np.random.default_rng(seed)
+    host = swap.pinned(NUM_SLOTS * size)
+    common = {"num_slots": NUM_SLOTS, "transport": "auto", "ring_bytes": RING_BYTES}
+    slots_bytes = int(NUM_SLOTS * size * ARENA_SHARE)
+    arena = SwapPipeline(geometry, "bfloat16", bound, arena_bytes=slots_bytes, **common)
+    rows = HostRows(host.ctypes.data, PAGES_PER_ROW * size, PAGES_PER_ROW, host)
+    rows = SwapPipeline(geometry, "bfloat16", bound, host=rows, **common)
+    sides = [(arena, Model(NUM_SLOTS, 1)), (rows, Model(NUM_SLOTS, PAGES_PER_ROW))]
+
+    source, expected = cupy.asarray(x), cupy.asarray(np.concatenate([decoded, x]))  # as stored raw: unchanged
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(NUM_STREAMS)]
+    targets = [cupy.empty((MOST_PAGES, size // 2), cupy.uint16) for _ in streams]
+    wrong = [cupy.zeros(1, cupy.int64) for _ in streams]
+    cupy.cuda.Device().synchronize()
+    calls, in_flight, fragmentation = Counter(), deque(), [0.0]
+    stored = loaded = 0
+    begin, base = time.monotonic(), None
+    while (passed := time.monotonic() - begin) < 60 * minutes or base is None:
+        if base is None and passed >= 60 * minutes * WARM_SHARE:
+            base = memory(sides)
+        pipeline, model = sides[rng.integers(2)]
+        which, what = rng.integers(NUM_STREAMS), rng.random()
+        transport = ("staged", "fused", "raw", "auto")[rng.integers(4)]
+        num = int(rng.integers(1, MOST_PAGES + 1)) if rng.random() < 0.5 else int(rng.integers(1, 9))
+        stream, full = streams[which], model.stored()
+        if what < 0.45:
+            slots = some_slots(rng, num)
+            ids = rng.integers(0, len(x), slots.size)
+            try:
+                transfer = pipeline.store(
+                    swap.pointers(source, ids, size),
+                    slots,
+                    stream,
+                    transport=transport,
+                    join=bool(rng.integers(2)),
+                )
+            except MemoryError:  # what an evicting cache does
+                pipeline.synchronize()
+                fragmentation.append(pipeline.memory()["fragmentation"])
+                gone = rng.choice(full, -(-full.size // 2), replace=False)
+                pipeline.drop(gone)
+                model.content[gone] = -1
+                calls["evictions"] += 1
+                continue
+            raw = transfer.transport == "raw"
+            model.store(slots, ids + len(x) * raw, raw)
+            stored += slots.size
+        elif what < 0.9 and full.size:
+            slots = rng.choice(full, min(num, full.size))
+            target = targets[which][: slots.size]
+            with stream:
+                target.fill(0x5A5A)
+            addresses = swap.pointers(target, np.arange(slots.size), size)
+            transfer = pipeline.load(slots, addresses, stream, transport=transport)
+            check(stream, target, expected, model.content[slots], wrong[which])
+            loaded += slots.size
+        elif full.size:
+            slots = rng.choice(full, min(num, full.size), replace=False)
+            pipeline.drop(slots)
+            model.content[slots] = -1
+            calls["drop"] += 1
+            continue
+        else:
+            continue
+        calls[f"{transfer.direction} {transfer.transport}"] += 1
+        in_flight.append(transfer)
+        while len(in_flight) > MOST_IN_FLIGHT:
+            in_flight.popleft().done.synchronize()
+        if sum(calls.values()) % 1000 == 0:
+            step(f"soak: {passed:.0f} s, {stored} pages stored, {loaded} loaded")
+    for pipeline, _ in sides:
+        pipeline.synchronize()
+    for stream in streams:
+        stream.synchronize()
+    after, fragments = memory(sides), arena.memory()["fragmentation"]
+    return {
+        "seconds": time.monotonic() - begin, "calls": dict(calls), "pages_stored": stored, "pages_loaded": loaded,
+        "mismatches": sum(int(each.get()[0]) for each in wrong),
+        "damaged": sum(pipeline.stats.failed_pages for pipeline, _ in sides),
+        "growth_bytes": {name: after[name] - base[name] for name in after},
+        "fragmentation": {"largest": max(*fragmentation, fragments), "last": fragments},
+    }  # fmt: skip
+
+
+def some_slots(rng, num: int) -> np.ndarray:
+    """Return ``num`` or fewer distinct slots: any, neighbours, or whole rows."""
+    kind = rng.integers(3)
+    if kind == 0:
+        return rng.choice(NUM_SLOTS, num, replace=False)
+    if kind == 1:
+        first = rng.integers(NUM_SLOTS - num + 1)
+        return np.arange(first, first + num)
+    row = rng.choice(NUM_SLOTS // PAGES_PER_ROW, -(-num // PAGES_PER_ROW), replace=False)
+    return (row[:, None] * PAGES_PER_ROW + np.arange(PAGES_PER_ROW)).ravel()
+
+
+def memory(sides) -> dict[str, int]:
+    """Return bytes in use: of the device, of the pipelines' arguments, of this process on the host."""
+    import cupy
+
+    free, total = cupy.cuda.runtime.memGetInfo()
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        resident = next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS"))
+    arguments = sum(pipeline.memory()["argument_bytes"] for pipeline, _ in sides)
+    return {"device": total - free, "arguments": arguments, "host": resident}
