@@ -2,6 +2,8 @@
 
 With a GPU: verifies, then times the kernels beside a device copy and, where they can be loaded, libcuSZp and
 nvCOMP; then the link to the host. Without one: ratio and error of the same pages through the NumPy reference.
+
+``python bench.py swap`` measures ``SwapPipeline`` instead, and what it costs the work beside it; needs a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cuszp_cupy.evaluation import codec, machine, report, speed
+from cuszp_cupy.bound import parse_parts
+from cuszp_cupy.evaluation import codec, machine, report, soak, speed, swap
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +30,48 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def swap_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``bench.py swap``."""
+    result = argparse.ArgumentParser(
+        prog="bench.py swap",
+        description="Pages to pinned host memory and back: speed, and the tax on other work.",
+    )
+    result.add_argument("--quick", action="store_true", help="pages of 64 KiB only, within a minute")
+    result.add_argument(
+        "--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions"
+    )
+    result.add_argument(
+        "--plot", metavar="FILE", type=_output, help="draw speed against page size (needs matplotlib)"
+    )
+    result.add_argument("--bound", type=_bound, default="rms:0.05", help="error bound (default: %(default)s)")
+    result.add_argument(
+        "--seconds",
+        metavar="S",
+        type=_positive,
+        help="of timing, a section of the table (default: 1.5, quick: 0.3)",
+    )
+    result.add_argument(
+        "--soak", metavar="MINUTES", type=_positive, help="only this: random use, every loaded page checked"
+    )
+    result.add_argument("--device", metavar="N", type=int, help="which GPU (default: the current one, 0)")
+    return result
+
+
+def _bound(text: str) -> str:
+    try:
+        parse_parts(text, 2)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
 def _output(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
@@ -38,6 +83,9 @@ def _output(text: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["swap"]:
+        return swap_main(arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
     console, progress = Console(width=None if sys.stdout.isatty() else 130), Console(stderr=True)
@@ -73,6 +121,51 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(report.codec_table(result["rows"], machine.title(described)))
     if result["link"]:
         console.print(report.link_table(result["link"], "the link: device to host, host to device"))
+    for note in result["notes"]:
+        console.print(note, highlight=False, markup=False)
+    return 0
+
+
+def swap_main(arguments: list[str]) -> int:
+    """Run ``bench.py swap``; return the exit status: 1 without a GPU or if ``--soak`` found a wrong page."""
+    command_line = swap_parser()
+    options = command_line.parse_args(arguments)
+    console, progress = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True)
+    missing = machine.gpu_missing()
+    if missing:
+        print(f"bench.py swap needs a GPU: {missing}", file=sys.stderr)
+        return 1
+    if options.plot:
+        report.pyplot()  # raises now, not after minutes of work
+    if options.device is not None:
+        _use_device(command_line, options.device)
+    seconds = options.seconds or (0.3 if options.quick else 1.5)
+    described = machine.describe()
+    result = {
+        "machine": described,
+        "parameters": {
+            "quick": options.quick, "bound": options.bound, "seconds": seconds, "soak_minutes": options.soak,
+            "batch_bytes": swap.BATCH_BYTES, "num_batches": swap.NUM_BATCHES,
+        },
+    }  # fmt: skip
+    with progress.status("starting") as status:
+        if options.soak:
+            result["soak"] = soak.soak(options.soak, options.bound, step=status.update)
+        else:
+            result |= swap.gpu_rows(options.quick, options.bound, seconds, step=status.update)
+    if options.json:
+        report.write_json(result, options.json)
+    if options.soak:
+        for line in [machine.title(described), *report.soak_lines(result["soak"])]:
+            console.print(line, highlight=False, markup=False)
+        return int(bool(result["soak"]["mismatches"] or result["soak"]["damaged"]))
+    if options.plot:
+        report.plot_swap(result, options.plot)
+    title = f"{machine.title(described)}, {options.bound}"
+    console.print(report.swap_table(result["rows"], title, swap.BATCH_BYTES))
+    console.print(report.ablation_table(result["ablation"]))
+    console.print(report.tax_table(result["tax"]))
+    console.print(report.descriptor_table(result["descriptors"]))
     for note in result["notes"]:
         console.print(note, highlight=False, markup=False)
     return 0

@@ -1,4 +1,4 @@
-"""Shows measurements: rich tables, a JSON file, a plot of rate against error. Measures nothing."""
+"""Shows measurements: rich tables, a JSON file, plots. Measures nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ REFERENCE_CAPTION = (
 LINK_CAPTION = (
     "raw GB/s: 1e9 raw bytes a second, what a swapped cache sees; link GB/s: bytes that crossed the link. The "
     "copy is one transfer by the copy engines; kernels store to and load from mapped pinned memory themselves."
+)
+SWAP_CAPTION = (
+    "GB/s: 1e9 raw (uncompressed) bytes a second, batches of {mbytes:.0f} MB one after the other without a "
+    "pause, the first not counted, ± half the interquartile range; alone: the first one, from the call on. x "
+    "copy: against the best large copy of that direction in this table; share: that over the ratio, 100 % is "
+    "ratio x link. overlap: stage times over elapsed time. host MB: room a batch takes on the host. call ms: "
+    "the host's time. missed: lengths mispredicted. Pages lie in order for the arena, at random on the device "
+    "for rows and scattered slots. raw copy: one batched call, or a few 2-D ones."
+)
+TAX_CAPTION = (
+    "slowdown: time of the work, on a high-priority stream, over its time alone; GB/s: raw bytes that the swap "
+    "moved meanwhile. The copy kernel has 32 blocks of 1024 threads."
 )
 
 
@@ -79,6 +91,93 @@ def link_table(rows: list[dict], title: str) -> Table:
     return table
 
 
+def swap_table(rows: list[dict], title: str, batch_bytes: int) -> Table:
+    """Return the table of ``evaluation.swap.case_rows``."""
+    table = _table(
+        title, SWAP_CAPTION.format(mbytes=batch_bytes / 1e6), ("page\nKiB",), ("slots", "way", "transport"),
+        ("GB/s", "± %", "alone\nGB/s", "x\ncopy", "share", "link\nGB/s", "ratio", "over-\nlap", "host\nMB",
+         "call\nms", "missed"),
+    )  # fmt: skip
+    previous = ()
+    for row in rows:
+        group = row["page_kib"], row["slots"], row["direction"]
+        if group[:2] != previous[:2] and previous:
+            table.add_section()
+        new = ["" if group == previous else str(cell) for cell in group]
+        name = row["transport"] + (f" ({row['used']})" if row["transport"] == "auto" else "")
+        numbers = (
+            ("gbps", "{:.1f}"), ("spread_percent", "{:.1f}"), ("alone_gbps", "{:.1f}"), ("of_copy", "{:.2f}"),
+            ("share", "{:.0%}"), ("link_gbps", "{:.1f}"), ("ratio", "{:.2f}"), ("overlap", "{:.2f}"),
+        )  # fmt: skip
+        cells = [_show(row[key], pattern) for key, pattern in numbers]
+        cells += [f"{row['host_bytes'] / 1e6:.0f}", f"{row['host_ms']:.2f}", str(row["mispredicted"] or "")]
+        table.add_row(*new, name, *cells)
+        previous = group
+    return table
+
+
+def tax_table(rows: list[dict]) -> Table:
+    """Return the table of ``evaluation.tax.tax_rows``."""
+    table = _table("the tax", TAX_CAPTION, (), ("work", "beside", "way"), ("ms", "± %", "slowdown", "swap\nGB/s"))
+    for row in rows:
+        alone = row["swap"] is None
+        if alone and table.row_count:
+            table.add_section()
+        table.add_row(
+            row["work"] if alone else "", row["swap"] or "nothing", row["direction"] or "",
+            f"{row['work_ms']:.3f}", f"{row['spread_percent']:.1f}", f"{row['slowdown']:.2f}",
+            _show(row["gbps"], "{:.1f}"),
+        )  # fmt: skip
+    return table
+
+
+def ablation_table(rows: list[dict]) -> Table:
+    """Return the table of ``evaluation.swap.ablation_rows``."""
+    caption = "Both directions at once, raw GB/s of each while both are under way; pages of 64 KiB in the arena."
+    numbers = ("store\nGB/s", "load\nGB/s", "both\nGB/s", "± %")
+    table = _table("one direction only", caption, (), ("store", "load"), numbers)
+    for row in rows:
+        cells = [f"{row[key]:.1f}" for key in ("store_gbps", "load_gbps", "gbps", "spread_percent")]
+        table.add_row(row["store"], row["load"], *cells)
+    return table
+
+
+def descriptor_table(rows: list[dict]) -> Table:
+    """Return the table of ``evaluation.swap.descriptor_rows``."""
+    caption = (
+        "One call for all pages of 64 KiB, given by their addresses; rows of 512 KiB. GB/s: from call to done."
+    )
+    numbers = ("pages", "call\nms", "longest", "GB/s", "growth\nMB")
+    table = _table("many descriptors", caption, (), ("call", "transport"), numbers)
+    for row in rows:
+        cells = [f"{row[key]:.2f}" for key in ("host_ms", "largest_host_ms")]
+        cells += [f"{row['gbps']:.1f}", f"{row['device_growth_bytes'] / 1e6:.1f}"]
+        table.add_row(row["direction"], row["transport"], str(row["descriptors"]), *cells)
+    return table
+
+
+def soak_lines(result: dict) -> list[str]:
+    """Return the lines that tell of ``evaluation.soak.soak``."""
+    calls = ", ".join(f"{count} x {name}" for name, count in sorted(result["calls"].items()))
+    growth = ", ".join(f"{name} {nbytes / 1e6:+.1f} MB" for name, nbytes in result["growth_bytes"].items())
+    return [
+        f"{result['seconds']:.0f} s: {result['pages_stored']} pages stored, {result['pages_loaded']} loaded",
+        f"calls: {calls}",
+        f"mismatches: {result['mismatches']}; damaged pages: {result['damaged']}",
+        f"memory since the warm-up: {growth}; fragmentation of the arena: largest "
+        f"{result['fragmentation']['largest']:.2f}, last {result['fragmentation']['last']:.2f}",
+    ]
+
+
+def _table(title: str, caption: str, *columns) -> Table:
+    """A table with columns (numbers, texts, numbers)."""
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for names, justify in zip(columns, ("right", "left", "right"), strict=True):
+        for name in names:
+            table.add_column(name, justify=justify)
+    return table
+
+
 def _show(value, pattern: str) -> str:
     return "" if value is None else pattern.format(value)
 
@@ -115,5 +214,43 @@ def plot_rate_error(points: list[dict], path: str | Path) -> None:
     axes.set_title("Rate against error: kv fixed, bfloat16 pages of 16 tokens x 192 channels", fontsize=10)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_swap(result: dict, path: str | Path) -> None:
+    """Draw GB/s against page size, each way, and the stages of one batch each way, to ``path``."""
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    curves = (
+        ("staged", "arena", "o-"), ("staged", "scattered", "o--"), ("fused", "arena", "s-"),
+        ("auto", "arena", "x:"), ("raw copy", "scattered", "^--"), ("one call a page", "scattered", "v--"),
+    )  # fmt: skip
+    for axis, direction in zip(axes[0], ("D2H", "H2D"), strict=True):
+        rows = [row for row in result["rows"] if row["direction"] == direction]
+        for transport, slots, style in curves:
+            own = [row for row in rows if (row["transport"], row["slots"]) == (transport, slots)]
+            if own:
+                label = f"{transport}, {slots}"
+                axis.plot([r["page_kib"] for r in own], [r["gbps"] for r in own], style, ms=4, label=label)
+        link = max(row["gbps"] for row in rows if row["transport"] == "large copy")
+        axis.axhline(link, color="black", lw=1, label="large copy")
+        ideal = [row for row in rows if (row["transport"], row["slots"]) == ("staged", "arena")]
+        axis.plot([r["page_kib"] for r in ideal], [r["ratio"] * link for r in ideal], "k+:", label="ratio x link")
+        axis.set(xlabel="page, KiB", ylabel="raw GB/s", ylim=(0, None), title=direction)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes := sorted({row["page_kib"] for row in rows}), map(str, sizes))
+        axis.grid(True, alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    lanes, colours = {"encode": 1, "copy": 0, "decode": 1}, {"encode": "C0", "copy": "C1", "decode": "C2"}
+    for axis, direction in zip(axes[1], ("store", "load"), strict=True):
+        for stage in (stage for stage in result["timeline"] if stage["direction"] == direction):
+            span = stage["begin_ms"], stage["end_ms"] - stage["begin_ms"]
+            axis.broken_barh(
+                [span], (lanes[stage["stage"]] - 0.35, 0.7), color=colours[stage["stage"]], ec="white"
+            )
+        codec = "encode" if direction == "store" else "decode"
+        axis.set_yticks([0, 1], ["copy", codec])
+        axis.set(xlabel="ms", title=f"one staged {direction}, tile by tile")
     figure.savefig(path, dpi=150)
     plt.close(figure)
