@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .codec import mapped_pointer
+from .codec import mapped_pointer, pinned
 from .format import ROW_WORDS
 
 SAMPLE_PAGES = 8  # different ones; repeated to a tile
@@ -20,7 +20,7 @@ def measure(pipeline) -> dict[str, float]:
     store, load = pipeline._lanes["store"], pipeline._lanes["load"]
     num, slot_bytes = min(pipeline._tile_pages, pipeline.num_slots), pipeline._slot_bytes
     nbytes = num * slot_bytes
-    host = pipeline._pinned(nbytes)
+    host = pinned(nbytes)
     mapped = mapped_pointer(host.ctypes.data, "calibration memory")
     noise = np.random.default_rng(0).standard_normal(min(num, SAMPLE_PAGES) * slot_bytes // 2)
     host[...] = np.resize(noise.astype(np.float32).astype(pipeline.dtype).view(np.uint8), nbytes)

@@ -30,7 +30,13 @@ from .reference import page_geometry
 
 ENGINES = ("kernels", "library")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_STATUS = {1: "its table row is damaged", 2: "its width codes are damaged", 4: "its checksum is wrong"}
+NOT_DECODED = 1 << 31  # what a caller may set a status to, to see whether the kernel wrote it
+_STATUS = {
+    1: "its table row is damaged",
+    2: "its width codes are damaged",
+    4: "its checksum is wrong",
+    NOT_DECODED: "it was not decoded",
+}
 
 
 # --- float32 and float64 arrays: stream cuszp -------------------------------------------------------------
@@ -199,9 +205,8 @@ def encode_pages(
     slot_bytes = -(-geometry.nbytes // 16) * 16
     if out is None:
         out = cupy.empty((num_pages, slot_bytes), cupy.uint8)
-    base = _slots_pointer(out, num_pages, geometry)
+    payloads = _slot_pointers(out, num_pages, geometry)
     rows = cupy.empty((num_pages, ROW_WORDS), cupy.uint32)
-    payloads = base + np.arange(num_pages, dtype=np.uint64) * np.uint64(out.shape[1])
     if num_pages:
         addresses = cupy.asarray(np.stack([pointers, payloads]))
         kv.encode(
@@ -339,8 +344,7 @@ def decode_pages(encoded: EncodedPages, out=None, *, check: bool = True, status=
         return out
     if status is None:
         status = cupy.empty(num_pages, cupy.uint32)
-    base = _slots_pointer(encoded.payload, num_pages, geometry)
-    payloads = base + np.arange(num_pages, dtype=np.uint64) * np.uint64(encoded.payload.shape[1])
+    payloads = _slot_pointers(encoded.payload, num_pages, geometry)
     addresses = cupy.asarray(np.stack([payloads, pointers]))
     kv.decode(
         addresses[0].data.ptr, encoded.rows.data.ptr, addresses[1].data.ptr, status.data.ptr, num_pages,
@@ -349,12 +353,17 @@ def decode_pages(encoded: EncodedPages, out=None, *, check: bool = True, status=
     if check:
         bad = status.get()
         if bad.any():
-            reasons = [
-                f"page {i}: " + ", ".join(text for bit, text in _STATUS.items() if bad[i] & bit)
-                for i in np.flatnonzero(bad)
-            ]
+            reasons = [f"page {i}: {reason}" for i, reason in failures(bad).items()]
             raise FormatError(f"{len(reasons)} of {num_pages} pages are damaged: " + "; ".join(reasons))
     return out
+
+
+def failures(status: np.ndarray) -> dict[int, str]:
+    """Return index -> what is wrong, of the pages that ``status`` (uint32, from the decoder) says are damaged."""
+    return {
+        int(i): ", ".join(text for bit, text in _STATUS.items() if int(status[i]) & bit)
+        for i in np.flatnonzero(status)
+    }
 
 
 # --- what both share --------------------------------------------------------------------------------------
@@ -380,10 +389,7 @@ def _cupy():
 
 
 def _array(x, dtypes: tuple[str, ...], name: str):
-    """Return ``x`` as a C-contiguous CuPy array over the same memory, of one of ``dtypes``.
-
-    bfloat16 comes back as the bfloat16 of ml_dtypes where CuPy knows it, through its bits where not.
-    """
+    """Return ``x`` as a C-contiguous CuPy array over the same memory, of one of ``dtypes``."""
     cupy = _cupy()
     if isinstance(x, np.ndarray):
         raise TypeError(f"{name}: expected an array on the GPU, got a NumPy array; pass cupy.asarray({name})")
@@ -448,12 +454,11 @@ def _page_pointers(pages, geometry: Geometry | None, name: str):
             f"{name}: expected (num_pages, tokens, channels), got {array.shape}; or pass a list of pages"
         )
     geometry = page_geometry(array.shape[1:], geometry)
-    offsets = np.arange(array.shape[0], dtype=np.uint64) * np.uint64(geometry.nbytes)
-    return np.uint64(array.data.ptr) + offsets, array.dtype.name, geometry, array
+    return _strided(array.data.ptr, len(array), geometry.nbytes), array.dtype.name, geometry, array
 
 
-def _slots_pointer(slots, num_pages: int, geometry: Geometry) -> np.uint64:
-    """The device address of ``slots``, checked to hold ``num_pages`` payloads."""
+def _slot_pointers(slots, num_pages: int, geometry: Geometry) -> np.ndarray:
+    """The device addresses of ``slots``, checked to hold ``num_pages`` payloads."""
     cupy = _cupy()
     if not isinstance(slots, (np.ndarray, cupy.ndarray)) or slots.dtype != np.uint8 or slots.ndim != 2:
         raise TypeError(f"out: expected a 2-D uint8 CuPy array or pinned NumPy array, got {type(slots).__name__}")
@@ -471,7 +476,21 @@ def _slots_pointer(slots, num_pages: int, geometry: Geometry) -> np.uint64:
         )
     if isinstance(slots, np.ndarray) and slots.size:
         pointer = mapped_pointer(pointer, "out")
-    return np.uint64(pointer)
+    return _strided(pointer, num_pages, slots.shape[1])
+
+
+def _strided(pointer: int, num: int, stride: int) -> np.ndarray:
+    return np.uint64(pointer) + np.arange(num, dtype=np.uint64) * np.uint64(stride)
+
+
+def pinned(nbytes: int) -> np.ndarray:
+    """Return pinned host memory as a uint8 NumPy array; raise MemoryError where it cannot be had."""
+    cuda = _cupy().cuda
+    try:  # not alloc_pinned_memory, which rounds up to a power of two
+        memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(nbytes), 0)
+    except cuda.runtime.CUDARuntimeError as error:
+        raise MemoryError(f"cannot pin {nbytes} bytes of host memory ({error}); ask for less") from None
+    return np.frombuffer(memory, np.uint8, nbytes)
 
 
 def mapped_pointer(pointer: int, name: str) -> int:

@@ -24,13 +24,13 @@ import numpy as np
 from . import auto
 from .arena import Arena, Predictor, complement, row_regions, runs, spans, tiles
 from .bound import parse_parts
-from .codec import _cupy, _page_pointers, mapped_pointer
+from .codec import NOT_DECODED, _cupy, _page_pointers, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
 from .raw import copy as raw_copy
 from .raw import kv
 from .reference import check_page_dtype
 from .stats import Counters
-from .transfer import NOT_DECODED, REASONS, Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
+from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
 
 TRANSPORTS = ("auto", "staged", "fused", "raw")
 EMPTY, PENDING, KNOWN, COPIED = range(4)  # states of slots; PENDING: the host has not seen its row yet
@@ -143,7 +143,7 @@ class SwapPipeline:
                     f"arena_bytes: expected at least one page ({self._slot_bytes}), got {arena_bytes}"
                 )
             # a page more than is used: a damaged row may make a kernel read that far
-            self._host = self._pinned(arena_bytes + self._slot_bytes)
+            self._host = pinned(arena_bytes + self._slot_bytes)
             self._base, self.arena = self._host.ctypes.data, Arena(arena_bytes)
             self._shift = mapped_pointer(self._base, "arena") - self._base
         else:
@@ -160,7 +160,7 @@ class SwapPipeline:
         self._known_rows = np.zeros((self.num_slots, ROW_WORDS), np.uint32)
         self._packed = np.zeros(-(-self.num_slots // self._pages_per_row), bool)
         # the same as kernels write and read it
-        self._table = self._pinned(16 * self.num_slots).view(np.uint32).reshape(-1, ROW_WORDS)
+        self._table = pinned(16 * self.num_slots).view(np.uint32).reshape(-1, ROW_WORDS)
         self._table[...] = 0
         self._table_ptr = mapped_pointer(self._table.ctypes.data, "page table")
 
@@ -581,11 +581,8 @@ class SwapPipeline:
         """Collect the verdicts of a finished load; return payload and link bytes."""
         if transfer.error is not None or not len(transfer.slots):
             return 0, 0
-        status = transfer._block.status
-        transfer.failed = {
-            int(transfer.slots[i]): ", ".join(text for bit, text in REASONS.items() if int(status[i]) & bit)
-            for i in np.flatnonzero(status)
-        }
+        found = failures(transfer._block.status)
+        transfer.failed = {int(transfer.slots[i]): reason for i, reason in found.items()}
         self.stats.failed_pages += len(transfer.failed)
         num_known, num_pending, _ = transfer._counts
         pending = transfer.slots[num_known : num_known + num_pending]
@@ -753,15 +750,6 @@ class SwapPipeline:
         elif len(starts):
             self._limbo.append((numbers, starts, ends))
 
-    def _pinned(self, nbytes: int) -> np.ndarray:
-        """Return pinned memory as a uint8 array."""
-        cuda = self._cupy.cuda
-        try:
-            memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(nbytes), 0)
-        except cuda.runtime.CUDARuntimeError as error:
-            raise MemoryError(f"cannot pin {nbytes} bytes of host memory ({error}); ask for less") from None
-        return np.frombuffer(memory, np.uint8, nbytes)
-
     def _allocate(self, nbytes: int):
         try:
             return self._cupy.cuda.alloc(nbytes)
@@ -771,9 +759,9 @@ class SwapPipeline:
     # --- arguments ----------------------------------------------------------------------------------------
     def _new_block(self, num_pages: int) -> Block:
         capacity = max(256, 1 << (num_pages - 1).bit_length())
-        pinned, device = self._pinned(Block.BYTES * capacity), self._allocate(Block.BYTES * capacity)
+        host, device = pinned(Block.BYTES * capacity), self._allocate(Block.BYTES * capacity)
         self._block_bytes += Block.BYTES * capacity
-        return Block(capacity, pinned, device, mapped_pointer(pinned.ctypes.data, "arguments"), self._runtime)
+        return Block(capacity, host, device, mapped_pointer(host.ctypes.data, "arguments"), self._runtime)
 
     def _take_block(self, num_pages: int) -> Block:
         """Return the smallest free argument block that fits. At BLOCK_LIMIT the host waits for one."""

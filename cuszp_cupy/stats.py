@@ -5,8 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+class _Speed:
+    """What follows from ``raw_bytes``, ``payload_bytes`` and ``elapsed_ms``."""
+
+    @property
+    def ratio(self) -> float:
+        """Raw over payload bytes (1 for no pages)."""
+        return self.raw_bytes / self.payload_bytes if self.payload_bytes else 1.0
+
+    @property
+    def gbps(self) -> float:
+        """Raw bytes over elapsed time, in 1e9 bytes a second."""
+        return self.raw_bytes / self.elapsed_ms / 1e6 if self.elapsed_ms else 0.0
+
+
 @dataclass
-class TransferStats:
+class TransferStats(_Speed):
     """One store or load, once it has finished. Bytes; milliseconds of the GPU's clock.
 
     Attributes:
@@ -26,23 +40,13 @@ class TransferStats:
     stage_ms: float | None = None
 
     @property
-    def ratio(self) -> float:
-        """Raw over payload bytes (1 for no pages)."""
-        return self.raw_bytes / self.payload_bytes if self.payload_bytes else 1.0
-
-    @property
-    def gbps(self) -> float:
-        """Raw bytes over elapsed time, in 1e9 bytes a second."""
-        return self.raw_bytes / self.elapsed_ms / 1e6 if self.elapsed_ms else 0.0
-
-    @property
     def overlap(self) -> float | None:
         """Stage times over elapsed time: 1 for one stage after the other, more where they overlap."""
         return self.stage_ms / self.elapsed_ms if self.stage_ms is not None and self.elapsed_ms else None
 
 
 @dataclass
-class Direction:
+class Direction(_Speed):
     """Sums over the transfers of one direction; see ``TransferStats``."""
 
     calls: int = 0
@@ -64,16 +68,6 @@ class Direction:
             self.stage_ms += transfer.stage_ms
             self.staged_ms += transfer.elapsed_ms
         self.transports[transfer.transport] = self.transports.get(transfer.transport, 0) + transfer.pages
-
-    @property
-    def ratio(self) -> float:
-        """Raw over payload bytes (1 for no pages)."""
-        return self.raw_bytes / self.payload_bytes if self.payload_bytes else 1.0
-
-    @property
-    def gbps(self) -> float:
-        """Raw bytes over the sum of the transfers' times, in 1e9 bytes a second."""
-        return self.raw_bytes / self.elapsed_ms / 1e6 if self.elapsed_ms else 0.0
 
     @property
     def overlap(self) -> float | None:

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .codec import _STATUS
+from .codec import failures
 from .format import ROW_WORDS, FormatError
 from .raw import copy as raw_copy
 from .stats import TransferStats
-
-NOT_DECODED = 1 << 31  # what a status is before the kernel writes it
-REASONS = {**_STATUS, NOT_DECODED: "it was not decoded"}
 
 
 class Transfer:
@@ -105,12 +102,9 @@ class Prepared:
 
     def failed(self) -> dict[int, str]:
         """Return slot -> reason of the pages that the last load found damaged; wait for the stream before."""
-        status = self._block.status
-        return {
-            int(self.slots[i]): ", ".join(text for bit, text in REASONS.items() if int(status[i]) & bit)
-            for i in np.flatnonzero(status)
-            if self.direction == "load"
-        }
+        if self.direction == "store":
+            return {}
+        return {int(self.slots[i]): reason for i, reason in failures(self._block.status).items()}
 
     def close(self) -> None:
         """Let go of the slots, which keep their content. Graphs with it must not be launched again."""

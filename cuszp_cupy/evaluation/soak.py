@@ -8,6 +8,7 @@ from collections import Counter, deque
 import numpy as np
 
 from .. import reference
+from ..codec import pinned
 from ..pipeline import HostRows, SwapPipeline
 from . import swap
 
@@ -74,7 +75,7 @@ def soak(minutes: float, bound: str, step=lambda text: None, seed: int = 0) -> d
 
     x, decoded, pages = library(bound)
     geometry, size, rng = pages.geometry, pages.geometry.nbytes, np.random.default_rng(seed)
-    host = swap.pinned(NUM_SLOTS * size)
+    host = pinned(NUM_SLOTS * size)
     common = {"num_slots": NUM_SLOTS, "transport": "auto", "ring_bytes": RING_BYTES}
     slots_bytes = int(NUM_SLOTS * size * ARENA_SHARE)
     arena = SwapPipeline(geometry, "bfloat16", bound, arena_bytes=slots_bytes, **common)

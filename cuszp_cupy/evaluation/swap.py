@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import reference
 from ..arena import runs
+from ..codec import pinned
 from ..format import Geometry
 from ..pipeline import HostRows, SwapPipeline
 from ..raw import copy as raw_copy
@@ -78,15 +79,6 @@ def gpu_rows(quick: bool, bound: str, seconds: float, step=lambda text: None) ->
     result["descriptors"] = descriptor_rows(host, bound)
     add_shares(result["rows"])
     return result
-
-
-def pinned(nbytes: int) -> np.ndarray:
-    """Return pinned host memory as a uint8 array."""
-    import cupy
-
-    # not alloc_pinned_memory, which rounds up to a power of two
-    memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(nbytes), 0)
-    return np.frombuffer(memory, np.uint8, nbytes)
 
 
 def page_set(kib: int) -> PageSet:
