@@ -9,7 +9,9 @@ nvCOMP; then the link to the host. Without one: ratio and error of the same page
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -88,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         return swap_main(arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
-    console, progress = Console(width=None if sys.stdout.isatty() else 130), Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     missing = machine.gpu_missing()
     if options.plot:
         report.pyplot()  # raises now, not after a minute of work
@@ -106,14 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "rows": [], "link": [], "notes": [], "rate_error": [],
     }  # fmt: skip
-    with progress.status("starting") as status:
+    with progress() as step:
         if missing:
-            result["rows"] = codec.reference_rows(quick=options.quick, step=status.update)
+            result["rows"] = codec.reference_rows(quick=options.quick, step=step)
             result["notes"].append(f"speeds, libcuSZp, nvCOMP and the link need a GPU. {missing}")
         else:
-            result |= speed.gpu_rows(quick=options.quick, step=status.update)
+            result |= speed.gpu_rows(quick=options.quick, step=step)
         if options.plot:
-            result["rate_error"] = codec.rate_error(quick=options.quick, step=status.update)
+            result["rate_error"] = codec.rate_error(quick=options.quick, step=step)
             report.plot_rate_error(result["rate_error"], options.plot)
     if options.json:
         report.write_json(result, options.json)
@@ -130,7 +132,7 @@ def swap_main(arguments: list[str]) -> int:
     """Run ``bench.py swap``; return the exit status: 1 without a GPU or if ``--soak`` found a wrong page."""
     command_line = swap_parser()
     options = command_line.parse_args(arguments)
-    console, progress = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     missing = machine.gpu_missing()
     if missing:
         print(f"bench.py swap needs a GPU: {missing}", file=sys.stderr)
@@ -148,11 +150,11 @@ def swap_main(arguments: list[str]) -> int:
             "batch_bytes": swap.BATCH_BYTES, "num_batches": swap.NUM_BATCHES,
         },
     }  # fmt: skip
-    with progress.status("starting") as status:
+    with progress() as step:
         if options.soak:
-            result["soak"] = soak.soak(options.soak, options.bound, step=status.update)
+            result["soak"] = soak.soak(options.soak, options.bound, step=step)
         else:
-            result |= swap.gpu_rows(options.quick, options.bound, seconds, step=status.update)
+            result |= swap.gpu_rows(options.quick, options.bound, seconds, step=step)
     if options.json:
         report.write_json(result, options.json)
     if options.soak:
@@ -169,6 +171,17 @@ def swap_main(arguments: list[str]) -> int:
     for note in result["notes"]:
         console.print(note, highlight=False, markup=False)
     return 0
+
+
+@contextlib.contextmanager
+def progress():
+    """Yield a function that says on stderr what is being done: in place on a terminal, else line by line."""
+    console, begin = Console(stderr=True), time.perf_counter()
+    if console.is_terminal:
+        with console.status("starting") as status:
+            yield status.update
+    else:
+        yield lambda text: print(f"{time.perf_counter() - begin:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def _use_device(command_line: argparse.ArgumentParser, device: int) -> None:

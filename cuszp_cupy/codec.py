@@ -211,7 +211,7 @@ def encode_pages(
         addresses = cupy.asarray(np.stack([pointers, payloads]))
         kv.encode(
             addresses[0].data.ptr, addresses[1].data.ptr, rows.data.ptr, num_pages, dtype, geometry, bounds,
-            coding, aligned=not (pointers % 8).any(),
+            coding, aligned=aligned_to(pointers, 8),
         )  # fmt: skip
     del owner  # stream order keeps the memory alive long enough: CuPy's pool reuses it on this stream
     return EncodedPages(out, rows, dtype, geometry)
@@ -348,7 +348,7 @@ def decode_pages(encoded: EncodedPages, out=None, *, check: bool = True, status=
     addresses = cupy.asarray(np.stack([payloads, pointers]))
     kv.decode(
         addresses[0].data.ptr, encoded.rows.data.ptr, addresses[1].data.ptr, status.data.ptr, num_pages,
-        dtype, geometry, aligned=not (pointers % 4).any(),
+        dtype, geometry, aligned=aligned_to(pointers, 4),
     )  # fmt: skip
     if check:
         bad = status.get()
@@ -503,6 +503,11 @@ def mapped_pointer(pointer: int, name: str) -> int:
             "or register it with cudaHostRegister"
         )
     return attributes.devicePointer
+
+
+def aligned_to(pointers: np.ndarray, nbytes: int) -> bool:
+    """Return whether all addresses are multiples of ``nbytes``, a power of two."""
+    return not int(np.bitwise_or.reduce(pointers)) & (nbytes - 1)
 
 
 def _absolute(bound: Bound, x) -> float:

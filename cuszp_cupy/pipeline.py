@@ -24,7 +24,7 @@ import numpy as np
 from . import auto
 from .arena import Arena, Predictor, complement, row_regions, runs, spans, tiles
 from .bound import parse_parts
-from .codec import NOT_DECODED, _cupy, _page_pointers, failures, mapped_pointer, pinned
+from .codec import NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
 from .raw import copy as raw_copy
 from .raw import kv
@@ -157,7 +157,6 @@ class SwapPipeline:
         self._held = np.zeros(self.num_slots, np.int64)  # bytes at its address that go back to the arena
         self._fixed = np.zeros(self.num_slots, np.int32)  # prepared transfers that count on it
         self._stamp = np.zeros(self.num_slots, np.int64)
-        self._known_rows = np.zeros((self.num_slots, ROW_WORDS), np.uint32)
         self._packed = np.zeros(-(-self.num_slots // self._pages_per_row), bool)
         # the same as kernels write and read it
         self._table = pinned(16 * self.num_slots).view(np.uint32).reshape(-1, ROW_WORDS)
@@ -269,7 +268,7 @@ class SwapPipeline:
             self._reap()
             state = self._state[slots]
             known, pending, copied = (np.flatnonzero(state == s) for s in (KNOWN, PENDING, COPIED))
-            known = known[np.argsort(self._address[slots[known]], kind="stable")]
+            known = known[np.argsort(self._address[slots[known]])]
             order = np.concatenate([known, pending, copied])
             slots, pointers = slots[order], pointers[order]
             transport = self._choose("load", len(slots), transport)
@@ -428,7 +427,7 @@ class SwapPipeline:
         block.copied[:regions], block.cursors[:regions] = widths // 16, 0
         block.upload("hosts", "payloads", lane.codec.ptr)
         transfer._widths = widths
-        aligned, at, runtime = not (pointers % 8).any(), block.device_pointers, self._runtime
+        aligned, at, runtime = aligned_to(pointers, 8), block.device_pointers, self._runtime
         if fused:
             with Stage(transfer, "store encode", lane.codec), lane.codec:
                 self._kv_encode(at, 0, num, aligned, self.fused_blocks)
@@ -472,23 +471,27 @@ class SwapPipeline:
             self.stats.raw_pages += len(slots)
             return (len(slots) * self.page_bytes,) * 2
         live = self._owner[slots] == transfer._number  # else overwritten or dropped since; no row of ours then
-        rows = self._table[slots]
-        place, lengths = 16 * rows[:, 3].astype(np.int64), -(-rows[:, 1].astype(np.int64) // 16) * 16
-        addresses = np.repeat(hosts, counts) + place
-        mine, kept = slots[live], lengths[live]
-        self._known_rows[mine], self._address[mine] = rows[live], addresses[live]
-        self._state[mine], self._owner[mine] = KNOWN, 0
+        every = bool(live.all())
+        mine, homes = slots, np.repeat(hosts, counts)
+        if not every:
+            mine, homes = mine[live], homes[live]
+        rows = np.take(self._table, mine, axis=0)
+        nbytes, place = rows[:, 1].astype(np.int64), 16 * rows[:, 3].astype(np.int64)
+        kept, addresses = (nbytes + 15) & -16, homes + place
+        self._address[mine], self._state[mine], self._owner[mine] = addresses, KNOWN, 0
         if self.arena:
             self._held[mine] = kept
-            outer, inner = hosts - self._base, addresses[live] - self._base
-            self._release(*complement(outer, outer + sizes, inner, inner + kept), at_once=live.all())
+            outer, inner = hosts - self._base, addresses - self._base
+            self._release(*complement(outer, outer + sizes, inner, inner + kept), at_once=every)
         if transfer.error is not None or not len(slots):
             return 0, 0
-        used = np.maximum.reduceat(np.where(live, place + lengths, 0), np.cumsum(counts) - counts)
+        ends = np.zeros(len(slots), np.int64)
+        ends[live] = place + kept
+        used = np.maximum.reduceat(ends, np.cumsum(counts) - counts)
         for predictor, some in ((self._packed_share, counts > 1), (self._single_share, counts == 1)):
             predictor.update((used / sizes)[some & (used > 0)])
-        self.stats.raw_pages += int((rows[live, 0] >> 20 & 15 == 0).sum())
-        payload = int(rows[live, 1].sum(dtype=np.int64)) + 16 * len(mine)
+        self.stats.raw_pages += int((rows[:, 0] >> 20 & 15 == 0).sum())
+        payload = int(nbytes.sum()) + 16 * len(mine)
         if transfer.transport == "fused":
             return payload, int(kept.sum())
         self.stats.mispredicted += int((used > transfer._widths).sum())
@@ -506,20 +509,21 @@ class SwapPipeline:
         block.slots[:], block.pages[:] = slots, pointers
         block.status[:coded], block.status[coded:] = NOT_DECODED, 0
         known = slots[:num_known]
-        block.rows[:num_known] = self._known_rows[known]
-        block.rows[:num_known, 3] = 0  # payload addresses are exact
+        rows = np.take(self._table, known, axis=0, out=block.rows[:num_known], mode="clip")  # in range already
+        rows[:, 3] = 0  # payload addresses are exact
         block.payloads[:num_known] = self._address[known] + self._shift
         block.payloads[num_known:coded] = self._region[slots[num_known:coded]] + self._shift
         plan = []
         if num_known:
-            lengths = -(-self._known_rows[known, 1].astype(np.int64) // 16) * 16
-            transfer._payload_bytes += int(self._known_rows[known, 1].sum(dtype=np.int64)) + 16 * num_known
+            nbytes = rows[:, 1].astype(np.int64)
+            lengths = (nbytes + 15) & -16
+            transfer._payload_bytes += int(nbytes.sum()) + 16 * num_known
             if transfer.transport == "fused":
                 plan = [(None, 0, num_known, None, None)]
                 transfer._link_bytes += int(lengths.sum())
             else:
                 plan = self._plan_tiles(transfer, lane, self._address[known], lengths)
-        aligned, at = not (pointers[:coded] % 4).any(), block.device_pointers
+        aligned, at = aligned_to(pointers[:coded], 4), block.device_pointers
         if coded:
             block.upload("slots", "rows", lane.codec.ptr)
         for buffer, page, end, pieces, first in plan:
@@ -804,7 +808,7 @@ class SwapPipeline:
                     )
                 if found.device != self._device:
                     raise ValueError(f"{name}: {pointer:#x} lies on device {found.device}, not on {self._device}")
-            if (pages % 2).any():
+            if not aligned_to(pages, 2):
                 raise ValueError(
                     f"{name}: expected addresses that are multiples of 2, got {pages[pages % 2 > 0][0]:#x}"
                 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .codec import failures
+from .codec import aligned_to, failures
 from .format import ROW_WORDS, FormatError
 from .raw import copy as raw_copy
 from .stats import TransferStats
@@ -81,7 +81,7 @@ class Prepared:
     def __init__(self, pipeline, direction, slots, pointers, owner):
         self.direction, self.slots = direction, slots
         self._pipeline, self._owner = pipeline, owner
-        self._aligned = not (pointers % 8).any()
+        self._aligned = aligned_to(pointers, 8)
         block = self._block = pipeline._take_block(len(slots))
         block.slots[:], block.pages[:] = slots, pointers
         block.payloads[:] = pipeline._region[slots] + pipeline._shift

@@ -98,7 +98,7 @@ def warm_up(swap):
 
     page, other = empty_pages(1, geometry=swap.geometry), empty_pages(1, geometry=swap.geometry)
     other.view(cupy.uint16)[...] = page.view(cupy.uint16)
-    other.view(cupy.uint16)[...] = 0
+    other.view(cupy.uint16)[...] = 1  # a kernel; 0 would be a memset
     prepared = swap.prepare_store(page, [0])
     prepared.launch()
     swap.load([0], page).wait()

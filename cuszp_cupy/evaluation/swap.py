@@ -281,7 +281,7 @@ class Feeder:
 
     def top_up(self) -> None:
         """Start batches in place of those that are done."""
-        while self._in_flight and self._in_flight[0].done:
+        while self._in_flight and timing.reached(self._in_flight[0]):
             self._in_flight.popleft()
         while len(self._in_flight) < DEPTH:
             event = self._start(len(self.events)).done

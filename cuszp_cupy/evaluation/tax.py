@@ -93,7 +93,7 @@ def sample(case: swap.Case, work, count: int, stream, start) -> tuple[float, flo
         if feeder and i % TOP_UP_EVERY == 0:
             feeder.top_up()
     end.record(stream)
-    while feeder and not end.done:
+    while feeder and not timing.reached(end):
         feeder.top_up()
     end.synchronize()
     elapsed = cupy.cuda.get_elapsed_time

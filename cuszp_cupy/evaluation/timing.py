@@ -60,6 +60,16 @@ def _turns(samplers, seconds, num_turns, clock) -> dict[str, list[float]]:
     return times
 
 
+def reached(event) -> bool:
+    """Return whether the GPU has come to ``event``; waits for nothing.
+
+    Not CuPy's ``Event.done``, which is the truth value of cudaEventQuery's status: true while it is *not* ready.
+    """
+    from cupy.cuda import runtime
+
+    return runtime.eventQuery(event.ptr) == 0
+
+
 def wall(run: Callable[[], object]) -> Sampler:
     """Return a sampler of the wall-clock time of ``run()`` and of what it left on the device: the whole call."""
     import cupy
