@@ -46,7 +46,7 @@ def measure(pipeline) -> dict[str, float]:
 
     def encode(target, blocks, count=num):
         block.payloads[:] = target + places
-        block.upload("slots", "payloads", store.codec.ptr)
+        block.upload("slots", "payloads", store.codec)
         return gbps(store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, cursors=False))
 
     def decode(blocks):

@@ -425,7 +425,7 @@ class SwapPipeline:
         regions = len(hosts)
         block.hosts[:regions], block.works[:regions] = hosts + self._shift, works
         block.copied[:regions], block.cursors[:regions] = widths // 16, 0
-        block.upload("hosts", "payloads", lane.codec.ptr)
+        block.upload("hosts", "payloads", lane.codec)
         transfer._widths = widths
         aligned, at, runtime = aligned_to(pointers, 8), block.device_pointers, self._runtime
         if fused:
@@ -525,7 +525,7 @@ class SwapPipeline:
                 plan = self._plan_tiles(transfer, lane, self._address[known], lengths)
         aligned, at = aligned_to(pointers[:coded], 4), block.device_pointers
         if coded:
-            block.upload("slots", "rows", lane.codec.ptr)
+            block.upload("slots", "rows", lane.codec)
         for buffer, page, end, pieces, first in plan:
             if buffer is None:
                 with Stage(transfer, "load decode", lane.codec), lane.codec:
@@ -765,7 +765,7 @@ class SwapPipeline:
         capacity = max(256, 1 << (num_pages - 1).bit_length())
         host, device = pinned(Block.BYTES * capacity), self._allocate(Block.BYTES * capacity)
         self._block_bytes += Block.BYTES * capacity
-        return Block(capacity, host, device, mapped_pointer(host.ctypes.data, "arguments"), self._runtime)
+        return Block(capacity, host, device, mapped_pointer(host.ctypes.data, "arguments"))
 
     def _take_block(self, num_pages: int) -> Block:
         """Return the smallest free argument block that fits. At BLOCK_LIMIT the host waits for one."""

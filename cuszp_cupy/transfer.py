@@ -86,7 +86,7 @@ class Prepared:
         block.slots[:], block.pages[:] = slots, pointers
         block.payloads[:] = pipeline._region[slots] + pipeline._shift
         stream = pipeline._lanes["store"].codec
-        block.upload("slots", "payloads", stream.ptr)
+        block.upload("slots", "payloads", stream)
         stream.synchronize()
         pipeline._fixed[slots] += 1
 
@@ -128,9 +128,8 @@ class Block:
     )  # fmt: skip
     BYTES = sum(np.dtype(dtype).itemsize * width for _, dtype, width in FIELDS)
 
-    def __init__(self, capacity, pinned, device, mapped, runtime):
-        self.capacity, self._pinned, self._device = capacity, pinned, device
-        self._mapped, self._runtime = mapped, runtime
+    def __init__(self, capacity, pinned, device, mapped):
+        self.capacity, self._pinned, self._device, self._mapped = capacity, pinned, device, mapped
 
     def lay_out(self, num: int) -> Block:
         """Divide the memory for ``num`` pages: the fields become arrays of that length."""
@@ -145,13 +144,11 @@ class Block:
         self.status_ptr = self._mapped + self._offsets["status"][0]  # kernels write it on the host
         return self
 
-    def upload(self, first: str, last: str, stream_ptr: int) -> None:
-        """Copy the fields from ``first`` to ``last`` to the device."""
+    def upload(self, first: str, last: str, stream) -> None:
+        """Copy the fields from ``first`` to ``last`` to the device, on ``stream``."""
         begin, end = self._offsets[first][0], self._offsets[last][1]
-        self._runtime.memcpyAsync(
-            self._device.ptr + begin, self._pinned.ctypes.data + begin, end - begin,
-            self._runtime.memcpyHostToDevice, stream_ptr,
-        )  # fmt: skip
+        with stream:
+            raw_copy.fetch(self._mapped + begin, self._device.ptr + begin, end - begin)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Sampler = Callable[[], float]
+NOT_READY = 600  # cudaErrorNotReady
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ def reached(event) -> bool:
     """
     from cupy.cuda import runtime
 
-    return runtime.eventQuery(event.ptr) == 0
+    status = runtime.eventQuery(event.ptr)
+    if status not in (0, NOT_READY):
+        raise runtime.CUDARuntimeError(status)
+    return status == 0
 
 
 def wall(run: Callable[[], object]) -> Sampler:

@@ -9,11 +9,22 @@ import numpy as np
 
 from . import kernel
 
-KERNELS = {"kv_rest": ("kv_publish", "kv_collect")}
+KERNELS = {"kv_rest": ("kv_fetch", "kv_publish", "kv_collect")}
 THREADS = 256
 _MOST_BLOCKS = 512  # of kv_publish
+_FETCH_BLOCKS = 16
 _PARTS = 32  # blocks for the rest of a region, where there are few regions
 _FEW_RUNS = 4  # 2-D copies up to this many; one batched call beyond
+
+
+def fetch(from_ptr: int, to_ptr: int, nbytes: int) -> None:
+    """Copy ``nbytes``, rounded up to 16, from mapped pinned host memory to the device, on CuPy's current stream."""
+    assert nbytes > 0 and from_ptr % 16 == 0 and to_ptr % 16 == 0
+    num_words = -(-nbytes // 16)
+    _kernel("kv_fetch", _device())(
+        (min(_FETCH_BLOCKS, -(-num_words // THREADS)),), (THREADS,),
+        (np.uint64(from_ptr), np.uint64(to_ptr), np.uint32(num_words)),
+    )  # fmt: skip
 
 
 def publish(

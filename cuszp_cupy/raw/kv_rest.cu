@@ -1,5 +1,10 @@
-// kv_publish, kv_collect: what surrounds encoding and decoding in a pipeline: rows to and from the page table, and
-// the ends of regions that came out longer than what a copy was told to move.
+// kv_fetch, kv_publish, kv_collect: what surrounds encoding and decoding in a pipeline: arguments to the device, rows
+// to and from the page table, and the ends of regions that came out longer than what a copy was told to move.
+//
+// kv_fetch     before the others
+//   in   from[num_words]         uint4  in mapped pinned host memory
+//   out  to[num_words]           uint4
+//   A copy engine would do it too, but only in its turn: behind all bulk copies to the device that are under way.
 //
 // kv_publish   after kv_encode
 //   in   rows[num_pages]         uint4  the rows that kv_encode wrote
@@ -19,6 +24,10 @@
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
+
+__global__ void kv_fetch(const uint4* __restrict__ from, uint4* __restrict__ to, u32 num_words) {
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < num_words; i += gridDim.x * blockDim.x) to[i] = from[i];
+}
 
 __global__ void kv_publish(
     const uint4* __restrict__ rows, const u32* __restrict__ slots, uint4* __restrict__ table, u32 num_pages,
