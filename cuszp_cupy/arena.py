@@ -68,17 +68,22 @@ class Arena:
             fits = np.flatnonzero(room >= min(left, most))
             if fits.size:
                 hole = fits[np.argmin(room[fits])]
-                taken = min(left, most)
-                holes, takes = np.array([hole]), np.array([taken])
+                times = max(1, min(left, int(room[hole])) // most)  # as many ranges as it has room for
+                offsets.append(starts[hole] + np.arange(times) * min(left, most) * unit)
+                units.append(np.full(times, min(left, most)))
+                taken = times * min(left, most)
+                starts[hole] += taken * unit
+                room[hole] -= taken
+                left -= taken
             else:
                 holes = np.argsort(-room, kind="stable")
                 takes = np.minimum(room[holes], np.maximum(left - (np.cumsum(room[holes]) - room[holes]), 0))
                 holes, takes = holes[takes > 0], takes[takes > 0]
-            offsets.append(starts[holes])
-            units.append(takes)
-            starts[holes] += takes * unit
-            room[holes] -= takes
-            left -= int(takes.sum())
+                offsets.append(starts[holes])
+                units.append(takes)
+                starts[holes] += takes * unit
+                room[holes] -= takes
+                left -= int(takes.sum())
         keep = starts < ends
         self._starts, self._ends = starts[keep], ends[keep]
         if not num:
