@@ -180,39 +180,43 @@ def tiles(first: np.ndarray, tile_pages: int) -> list[int]:
     return bounds
 
 
-def spans(starts, ends, tile_pages: int, tile_bytes: int, base: int = 0, stride: int = 0):
+def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stride: int = 0, rows=None):
     """Cut a load, its payloads sorted by address, into tiles of pages and spans to copy.
 
     Args:
-        starts, ends: of the payloads, multiples of 16.
+        starts, lengths: of the payloads, multiples of 16.
         tile_pages, tile_bytes: pages and copied bytes of a tile at most; tile_pages payloads fit tile_bytes.
-        base, stride: of the rows, which spans do not cross; no rows if stride is 0.
+        base, stride, rows: where rows begin, and each payload's row, which spans do not leave; None: no rows.
 
     Returns:
         (first span of each tile and the end, first page of each span, starts and ends of the spans, position
         of each span in its tile)
     """
-    n = starts.size
-    tile = np.arange(n) // tile_pages
-    row = (starts - base) // stride if stride else np.zeros(n, np.int64)
-    apart = (tile[1:] != tile[:-1]) | (row[1:] != row[:-1])
-    reach = np.maximum.accumulate(ends)
+    n, ends = starts.size, starts + lengths
+    gaps = starts[1:] - ends[:-1]
+    if n > 1 and gaps.min() < 0:  # a payload that is loaded twice
+        ends = np.maximum.accumulate(ends)
+        gaps = starts[1:] - ends[:-1]
+    apart = np.zeros(n - 1, bool)
+    apart[tile_pages - 1 :: tile_pages] = True
+    if rows is not None:
+        apart |= rows[1:] != rows[:-1]
+    total = int(lengths.sum())
     for gap in GAPS:
-        new = np.concatenate([[True], apart | (starts[1:] - reach[:-1] > gap)])
-        first = np.flatnonzero(new)
-        span_starts, span_ends = starts[first], np.maximum.reduceat(ends, first)
-        span_tile = tile[first]
+        first = np.concatenate([[0], np.flatnonzero(apart | (gaps > gap)) + 1])
+        span_starts, span_ends = starts[first], ends[np.append(first[1:], n) - 1]
+        span_tile = first // tile_pages
         first_span = np.flatnonzero(np.diff(span_tile, prepend=-1))
         copied = np.add.reduceat(span_ends - span_starts, first_span)
-        if copied.max() <= tile_bytes and copied.sum() * 4 <= (ends - starts).sum() * 5:
+        if copied.max() <= tile_bytes and copied.sum() * 4 <= total * 5:
             break
-    if stride:
+    if rows is not None:
         num_spans = np.diff(first_span, append=first.size)
-        origin = base + row[first] * stride
+        origin = base + rows[first] * stride
         low = np.minimum.reduceat(span_starts - origin, first_span)
         high = np.maximum.reduceat(span_ends - origin, first_span)
         wide = (high - low) * num_spans
-        rows_once = np.add.reduceat(np.diff(row[first], prepend=-1) != 0, first_span) == num_spans
+        rows_once = np.add.reduceat(np.diff(rows[first], prepend=-1) != 0, first_span) == num_spans
         widen = np.repeat(rows_once & (wide <= copied * WIDEN) & (wide <= tile_bytes), num_spans)
         span_starts = np.where(widen, origin + np.repeat(low, num_spans), span_starts)
         span_ends = np.where(widen, origin + np.repeat(high, num_spans), span_ends)
@@ -221,15 +225,29 @@ def spans(starts, ends, tile_pages: int, tile_bytes: int, base: int = 0, stride:
     return np.append(first_span, first.size), first, span_starts, span_ends, position
 
 
-def runs(dst: np.ndarray, src: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Return the first index of each run of copies of one width at equal distances: one 2-D copy each.
+def runs(dst: np.ndarray, src: np.ndarray, width: np.ndarray, bounds=()) -> np.ndarray:
+    """Return where runs of copies of one width at equal distances begin, and the end: one 2-D copy a run.
+
+    Args:
+        bounds: indices at which a run begins in any case.
 
     >>> runs(np.array([0, 10, 20, 50]), np.array([0, 30, 60, 90]), np.array([8, 8, 8, 8])).tolist()
-    [0, 3]
+    [0, 3, 4]
     """
     if dst.size == 1:
-        return np.zeros(1, np.int64)
-    to, by = np.diff(dst), np.diff(src)
+        return np.array([0, 1])
+    to, by = dst[1:] - dst[:-1], src[1:] - src[:-1]
     link = (width[1:] == width[:-1]) & (np.minimum(to, by) >= width[1:]) & (np.maximum(to, by) <= MAX_PITCH)
-    same = np.concatenate([[True], ~link[:-1] | ((to[1:] == to[:-1]) & (by[1:] == by[:-1]))])
-    return np.concatenate([[0], np.flatnonzero(~(link & same)) + 1])
+    link[[bound - 1 for bound in bounds if 0 < bound < dst.size]] = False
+    same = np.ones(link.size, bool)
+    same[1:] = ~link[:-1] | ((to[1:] == to[:-1]) & (by[1:] == by[:-1]))
+    return np.concatenate([[0], np.flatnonzero(~(link & same)) + 1, [dst.size]])
+
+
+def between(edges: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Return the edges (of ``runs``) from ``first`` to ``end``, both of which are among them.
+
+    >>> between(np.array([0, 3, 4, 9]), 3, 9).tolist()
+    [3, 4, 9]
+    """
+    return edges[np.searchsorted(edges, first) : np.searchsorted(edges, end) + 1]

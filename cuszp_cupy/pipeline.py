@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import auto
-from .arena import Arena, Predictor, complement, row_regions, runs, spans, tiles
+from .arena import Arena, Predictor, between, complement, row_regions, runs, spans, tiles
 from .bound import parse_parts
 from .codec import NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
@@ -152,10 +152,10 @@ class SwapPipeline:
         # per slot; addresses are the host's
         self._state = np.zeros(self.num_slots, np.uint8)
         self._owner = np.zeros(self.num_slots, np.int64)  # number of the store in flight that writes it, else 0
-        self._region = np.zeros(self.num_slots, np.int64)  # what its row's place counts from
-        self._address = np.zeros(self.num_slots, np.int64)  # of its payload, unless PENDING
+        self._address = np.zeros(self.num_slots, np.int64)  # of its payload; PENDING: what its place counts from
         self._held = np.zeros(self.num_slots, np.int64)  # bytes at its address that go back to the arena
         self._fixed = np.zeros(self.num_slots, np.int32)  # prepared transfers that count on it
+        self._num_prepared = 0  # of them
         self._stamp = np.zeros(self.num_slots, np.int64)
         self._packed = np.zeros(-(-self.num_slots // self._pages_per_row), bool)
         # the same as kernels write and read it
@@ -217,24 +217,25 @@ class SwapPipeline:
             self._reap()
             transport = self._choose("store", len(slots), transport)
             lane = self._lanes["fused store" if transport == "fused" else "store"]
-            block = None if transport == "raw" else self._take_block(len(slots))
+            transfer = Transfer(self, "store", transport, owner)
+            block = transfer._block = None if transport == "raw" else self._take_block(len(slots))
             try:
                 order, first, hosts, waits = self._place(slots, alone=transport == "raw")
             except BaseException:
                 self._put_block(block)
                 raise
             slots, pointers = slots[order], pointers[order]
-            counts = np.diff(first)
-            transfer = Transfer(self, "store", transport, slots, owner, block)
+            transfer.slots, counts = slots, np.diff(first)
             transfer._regions = hosts, counts, counts * self._slot_bytes
-            units = slots // self._pages_per_row
+            units = slots // self._pages_per_row if self._pages_per_row > 1 else slots
             # rows: one place, many writers. arena: only the table, which one lane writes in order
             others = [other for other in self._lanes.values() if self._rows or other is not lane]
-            self._begin(transfer, lane, caller, self._conflicts(others, units) + waits, units)
+            waits += self._conflicts(others, units)
             try:
-                self._owner[slots] = self._number
-                self._region[slots] = np.repeat(hosts, counts)
-                self._state[slots] = PENDING
+                self._begin(transfer, lane, caller, waits, units)
+                at = _index(slots)
+                self._owner[at], self._state[at] = transfer._number, PENDING
+                self._address[at] = np.repeat(hosts, counts)
                 if transport == "raw":
                     self._copy_out(transfer, lane, pointers, hosts)
                 elif len(slots):
@@ -264,26 +265,30 @@ class SwapPipeline:
         self._check_disjoint(pointers)
         with self._lock:
             slots = self._check_slots(slots, len(pointers))
-            self._check_stored(slots)
             self._reap()
-            state = self._state[slots]
-            known, pending, copied = (np.flatnonzero(state == s) for s in (KNOWN, PENDING, COPIED))
-            known = known[np.argsort(self._address[slots[known]])]
-            order = np.concatenate([known, pending, copied])
-            slots, pointers = slots[order], pointers[order]
+            state, addresses = self._state[slots], self._address[slots]
+            if (state == KNOWN).all():
+                order = np.argsort(addresses)
+                counts = order.size, 0, 0
+            else:
+                self._check_stored(slots)
+                known, pending, copied = (np.flatnonzero(state == s) for s in (KNOWN, PENDING, COPIED))
+                order = np.concatenate([known[np.argsort(addresses[known])], pending, copied])
+                counts = known.size, pending.size, copied.size
+            slots, pointers, addresses = slots[order], pointers[order], addresses[order]
             transport = self._choose("load", len(slots), transport)
-            if transport == "raw" and copied.size < slots.size:
+            if transport == "raw" and counts[2] < slots.size:
                 transport = "staged"  # they were stored encoded
             lane = self._lanes["fused load" if transport == "fused" else "load"]
-            transfer = Transfer(self, "load", transport, slots, owner, self._take_block(len(slots)))
-            transfer._counts = counts = known.size, pending.size, copied.size
-            units = slots // self._pages_per_row
-            stores = [self._lanes["store"], self._lanes["fused store"]]
+            transfer = Transfer(self, "load", transport, owner)
+            transfer.slots, transfer._counts, transfer._block = slots, counts, self._take_block(len(slots))
+            units = slots // self._pages_per_row if self._pages_per_row > 1 else slots
             # in the arena, only those that read the table on the device are in the way of later stores
             marks = units if self._rows else slots[counts[0] : counts[0] + counts[1]]
-            self._begin(transfer, lane, caller, self._conflicts(stores, units), marks)
+            waits = self._conflicts([self._lanes["store"], self._lanes["fused store"]], units)
             try:
-                self._decode(transfer, lane, pointers)
+                self._begin(transfer, lane, caller, waits, marks)
+                self._decode(transfer, lane, pointers, addresses, units)
                 self._end(transfer, lane, caller if join else None)
             except BaseException as error:
                 self._abandon(transfer, lane, error)
@@ -364,7 +369,7 @@ class SwapPipeline:
             self.synchronize()
             order, _, hosts, _ = self._place(slots, alone=True)
             slots, pointers = slots[order], pointers[order]
-            self._region[slots] = self._address[slots] = hosts
+            self._address[slots] = hosts
             self._held[slots] = self._slot_bytes if self.arena else 0
             self._state[slots] = PENDING  # for good: the host never looks at its rows
             return Prepared(self, "store", slots, pointers, owner)
@@ -433,23 +438,23 @@ class SwapPipeline:
                 self._kv_encode(at, 0, num, aligned, self.fused_blocks)
                 raw_copy.publish(at["rows"], at["slots"], self._table_ptr, num)
             return
-        to_host = runtime.memcpyDeviceToHost
-        for buffer, lo, hi in zip(buffers, bounds[:-1], bounds[1:], strict=True):
-            page, end = int(first[lo]), int(first[hi])
-            runtime.streamWaitEvent(lane.codec.ptr, buffer.free.ptr)
-            with Stage(transfer, "store encode", lane.codec), lane.codec:
-                self._kv_encode(at, page, end - page, aligned, self.burst_blocks)
-                runtime.eventRecord(buffer.ready.ptr, lane.codec.ptr)
-                raw_copy.publish(
-                    at["rows"] + 16 * page, at["slots"] + 4 * page, self._table_ptr, end - page,
-                    at["hosts"] + 8 * lo, at["works"] + 8 * lo, at["copied"] + 4 * lo, at["cursors"] + 4 * lo,
-                    hi - lo,
-                )  # fmt: skip
-            runtime.streamWaitEvent(lane.copy.ptr, buffer.ready.ptr)
-            with Stage(transfer, "store copy", lane.copy):
-                pieces = hosts[lo:hi], works[lo:hi], widths[lo:hi]
-                raw_copy.copies(*pieces, runs(*pieces), to_host, lane.copy.ptr)
-            runtime.eventRecord(buffer.free.ptr, lane.copy.ptr)
+        to_host, edges = runtime.memcpyDeviceToHost, runs(hosts, works, widths, bounds)
+        with lane.codec:
+            for buffer, lo, hi in zip(buffers, bounds[:-1], bounds[1:], strict=True):
+                page, end = int(first[lo]), int(first[hi])
+                runtime.streamWaitEvent(lane.codec.ptr, buffer.free.ptr)
+                with Stage(transfer, "store encode", lane.codec):
+                    self._kv_encode(at, page, end - page, aligned, self.burst_blocks)
+                    runtime.eventRecord(buffer.ready.ptr, lane.codec.ptr)
+                    raw_copy.publish(
+                        at["rows"] + 16 * page, at["slots"] + 4 * page, self._table_ptr, end - page,
+                        at["hosts"] + 8 * lo, at["works"] + 8 * lo, at["copied"] + 4 * lo, at["cursors"] + 4 * lo,
+                        hi - lo,
+                    )  # fmt: skip
+                runtime.streamWaitEvent(lane.copy.ptr, buffer.ready.ptr)
+                with Stage(transfer, "store copy", lane.copy):
+                    raw_copy.copies(hosts, works, widths, between(edges, lo, hi), to_host, lane.copy.ptr)
+                runtime.eventRecord(buffer.free.ptr, lane.copy.ptr)
 
     def _copy_out(self, transfer, lane, pointers, hosts) -> None:
         """Transport raw: copy the pages to places of their own."""
@@ -470,27 +475,35 @@ class SwapPipeline:
         if transfer.transport == "raw":
             self.stats.raw_pages += len(slots)
             return (len(slots) * self.page_bytes,) * 2
+        first = np.cumsum(counts) - counts
         live = self._owner[slots] == transfer._number  # else overwritten or dropped since; no row of ours then
         every = bool(live.all())
         mine, homes = slots, np.repeat(hosts, counts)
         if not every:
             mine, homes = mine[live], homes[live]
+        at = _index(mine)
         rows = np.take(self._table, mine, axis=0)
         nbytes, place = rows[:, 1].astype(np.int64), 16 * rows[:, 3].astype(np.int64)
-        kept, addresses = (nbytes + 15) & -16, homes + place
-        self._address[mine], self._state[mine], self._owner[mine] = addresses, KNOWN, 0
+        kept = (nbytes + 15) & -16
+        self._address[at], self._state[at], self._owner[at] = homes + place, KNOWN, 0
+        ends = place + kept  # in its region
+        if not every:
+            ends = np.zeros(slots.size, np.int64)
+            ends[live] = place + kept
+        used = np.maximum.reduceat(ends, first) if slots.size else ends
         if self.arena:
-            self._held[mine] = kept
-            outer, inner = hosts - self._base, addresses - self._base
-            self._release(*complement(outer, outer + sizes, inner, inner + kept), at_once=every)
+            self._held[at] = kept
+            outer = hosts - self._base
+            if every:  # pages lie side by side, from the start of their region
+                self.arena.release(outer + used, outer + sizes)
+            else:
+                inner = homes + place - self._base
+                self._release(*complement(outer, outer + sizes, inner, inner + kept))
         if transfer.error is not None or not len(slots):
             return 0, 0
-        ends = np.zeros(len(slots), np.int64)
-        ends[live] = place + kept
-        used = np.maximum.reduceat(ends, np.cumsum(counts) - counts)
         for predictor, some in ((self._packed_share, counts > 1), (self._single_share, counts == 1)):
             predictor.update((used / sizes)[some & (used > 0)])
-        self.stats.raw_pages += int((rows[:, 0] >> 20 & 15 == 0).sum())
+        self.stats.raw_pages += int(np.count_nonzero(nbytes == self.page_bytes))
         payload = int(nbytes.sum()) + 16 * len(mine)
         if transfer.transport == "fused":
             return payload, int(kept.sum())
@@ -498,7 +511,7 @@ class SwapPipeline:
         return payload, int(np.maximum(used, transfer._widths).sum())
 
     # --- what a load enqueues -----------------------------------------------------------------------------
-    def _decode(self, transfer, lane, pointers) -> None:
+    def _decode(self, transfer, lane, pointers, addresses, units) -> None:
         """Decode what is known in tiles, what is pending from the host, and copy what is raw."""
         slots, block, runtime = transfer.slots, transfer._block, self._runtime
         num_known, num_pending, num_copied = transfer._counts
@@ -508,78 +521,79 @@ class SwapPipeline:
             return
         block.slots[:], block.pages[:] = slots, pointers
         block.status[:coded], block.status[coded:] = NOT_DECODED, 0
-        known = slots[:num_known]
-        rows = np.take(self._table, known, axis=0, out=block.rows[:num_known], mode="clip")  # in range already
-        rows[:, 3] = 0  # payload addresses are exact
-        block.payloads[:num_known] = self._address[known] + self._shift
-        block.payloads[num_known:coded] = self._region[slots[num_known:coded]] + self._shift
+        block.payloads[:coded] = addresses[:coded] + self._shift
         plan = []
         if num_known:
+            rows = np.take(self._table, slots[:num_known], axis=0, out=block.rows[:num_known], mode="clip")
+            rows[:, 3] = 0  # payload addresses are exact
             nbytes = rows[:, 1].astype(np.int64)
             lengths = (nbytes + 15) & -16
             transfer._payload_bytes += int(nbytes.sum()) + 16 * num_known
             if transfer.transport == "fused":
-                plan = [(None, 0, num_known, None, None)]
+                plan = [(None, 0, num_known, None)]
                 transfer._link_bytes += int(lengths.sum())
             else:
-                plan = self._plan_tiles(transfer, lane, self._address[known], lengths)
+                copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, units[:num_known])
         aligned, at = aligned_to(pointers[:coded], 4), block.device_pointers
         if coded:
             block.upload("slots", "rows", lane.codec)
-        for buffer, page, end, pieces, first in plan:
-            if buffer is None:
-                with Stage(transfer, "load decode", lane.codec), lane.codec:
-                    self._kv_decode(at, page, end - page, aligned, self.fused_blocks, block.status_ptr)
-                continue
-            runtime.streamWaitEvent(lane.copy.ptr, buffer.free.ptr)
-            with Stage(transfer, "load copy", lane.copy):
-                raw_copy.copies(*pieces, first, runtime.memcpyHostToDevice, lane.copy.ptr)
-            runtime.eventRecord(buffer.ready.ptr, lane.copy.ptr)
-            runtime.streamWaitEvent(lane.codec.ptr, buffer.ready.ptr)
-            with Stage(transfer, "load decode", lane.codec), lane.codec:
-                self._kv_decode(at, page, end - page, aligned, self.burst_blocks, block.status_ptr)
-            runtime.eventRecord(buffer.free.ptr, lane.codec.ptr)
-        if num_pending:
-            with Stage(transfer, "load decode", lane.codec), lane.codec:
-                raw_copy.collect(
-                    self._table_ptr, at["slots"] + 4 * num_known, at["rows"] + 16 * num_known, num_pending
-                )
-                self._kv_decode(at, num_known, num_pending, aligned, self.fused_blocks, block.status_ptr)
+        with lane.codec:
+            for buffer, page, end, edges in plan:
+                blocks = self.burst_blocks if buffer else self.fused_blocks
+                if buffer:
+                    runtime.streamWaitEvent(lane.copy.ptr, buffer.free.ptr)
+                    with Stage(transfer, "load copy", lane.copy):
+                        raw_copy.copies(*copies, edges, runtime.memcpyHostToDevice, lane.copy.ptr)
+                    runtime.eventRecord(buffer.ready.ptr, lane.copy.ptr)
+                    runtime.streamWaitEvent(lane.codec.ptr, buffer.ready.ptr)
+                with Stage(transfer, "load decode", lane.codec):
+                    self._kv_decode(at, page, end - page, aligned, blocks, block.status_ptr)
+                if buffer:
+                    runtime.eventRecord(buffer.free.ptr, lane.codec.ptr)
+            if num_pending:
+                with Stage(transfer, "load decode", lane.codec):
+                    raw_copy.collect(
+                        self._table_ptr, at["slots"] + 4 * num_known, at["rows"] + 16 * num_known, num_pending
+                    )
+                    self._kv_decode(at, num_known, num_pending, aligned, self.fused_blocks, block.status_ptr)
         if num_copied:
-            sources = self._address[slots[coded:]]
-            order = np.argsort(sources, kind="stable")
+            order = np.argsort(addresses[coded:])
             pieces = (
                 pointers[coded:][order].astype(np.int64),
-                sources[order],
+                addresses[coded:][order],
                 np.full(num_copied, self.page_bytes),
             )
             with Stage(transfer, "load copy", lane.copy):
                 raw_copy.copies(*pieces, runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
-    def _plan_tiles(self, transfer, lane, starts, lengths) -> list[tuple]:
-        """Cut known pages into tiles: (ring buffer, or None: decode from the host; pages, copies, their runs)."""
-        rows = (self._base, self._rows.stride) if self._rows else ()
+    def _plan_tiles(self, transfer, lane, starts, lengths, units) -> tuple[tuple, list[tuple]]:
+        """Cut known pages into tiles; return the copies, and (buffer, pages, edges of its copies) of each tile.
+
+        The buffer is None where so little would go at once that the kernel had better read the host itself.
+        """
+        rows = (self._base, self._rows.stride, units) if self._rows else ()
         first_span, first_page, span_starts, span_ends, position = spans(
-            starts, starts + lengths, self._tile_pages, self._tile_bytes, *rows
+            starts, lengths, self._tile_pages, self._tile_bytes, *rows
         )
-        span = np.repeat(np.arange(first_page.size), np.diff(first_page, append=starts.size))
-        in_tile = position[span] + starts - span_starts[span]
-        widths, plan = span_ends - span_starts, []
+        widths, payloads, plan = span_ends - span_starts, transfer._block.payloads, []
+        counts = np.diff(first_page, append=starts.size)
+        in_tile = starts + np.repeat(position - span_starts, counts)
+        bounds = first_span.tolist()
+        edges = runs(position, span_starts, widths, bounds)
         shortest = BATCH_SPAN_BYTES if raw_copy.has_batch() else SPAN_BYTES
-        for tile in range(first_span.size - 1):
-            lo, hi = int(first_span[tile]), int(first_span[tile + 1])
+        for tile, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             page, end = tile * self._tile_pages, min((tile + 1) * self._tile_pages, starts.size)
-            first, copied = runs(position[lo:hi], span_starts[lo:hi], widths[lo:hi]), int(widths[lo:hi].sum())
-            if copied < len(first) * shortest and len(first) > 1:
-                plan.append((None, page, end, None, None))
+            mine, copied = between(edges, lo, hi), int(widths[lo:hi].sum())
+            if copied < (len(mine) - 1) * shortest and len(mine) > 2:
+                plan.append((None, page, end, None))
                 transfer._link_bytes += int(lengths[page:end].sum())
                 continue
             buffer = lane.next_buffer()
-            transfer._block.payloads[page:end] = in_tile[page:end] + buffer.address
-            pieces = position[lo:hi] + buffer.address, span_starts[lo:hi], widths[lo:hi]
-            plan.append((buffer, page, end, pieces, first))
+            payloads[page:end] = in_tile[page:end] + buffer.address
+            position[lo:hi] += buffer.address
+            plan.append((buffer, page, end, mine))
             transfer._link_bytes += copied
-        return plan
+        return (position, span_starts, widths), plan
 
     def _finish_load(self, transfer) -> tuple[int, int]:
         """Collect the verdicts of a finished load; return payload and link bytes."""
@@ -610,17 +624,18 @@ class SwapPipeline:
     # --- order --------------------------------------------------------------------------------------------
     def _conflicts(self, lanes, units) -> list[Transfer]:
         """Return the transfers in flight that ``lanes`` last had on these units. A lane finishes in order."""
+        lanes = [lane for lane in lanes if lane.newest in self._in_flight]
         numbers = {int(lane.last[units].max(initial=0)) for lane in lanes}
         return [self._in_flight[number] for number in numbers if number in self._in_flight]
 
     def _begin(self, transfer, lane, caller: int, waits, marks) -> None:
         """Number the transfer and make its streams wait for the caller's and for ``waits``."""
         runtime = self._runtime
-        runtime.eventRecord(transfer._ready.ptr, caller)
         self._number += 1
-        transfer._number = self._number
+        transfer._number = lane.newest = self._number
         self._in_flight[self._number] = transfer
-        lane.last[marks] = self._number
+        lane.last[_index(marks)] = self._number
+        runtime.eventRecord(transfer._ready.ptr, caller)
         for stream in lane.streams:
             for event in (transfer._ready, *(other.done for other in waits)):
                 runtime.streamWaitEvent(stream.ptr, event.ptr)
@@ -641,12 +656,11 @@ class SwapPipeline:
         transfer.error = error
         self.stats.failed_calls += 1
         if transfer.direction == "store":
-            mine = transfer.slots[self._owner[transfer.slots] == transfer._number]
-            self._owner[mine], self._state[mine] = 0, EMPTY
+            self._forget(transfer.slots)
         try:
             self._end(transfer, lane, None)
         except self._runtime.CUDARuntimeError:  # the device is lost: nothing can be reused, nor needs to be
-            del self._in_flight[transfer._number]
+            self._in_flight.pop(transfer._number, None)
 
     def _reap(self) -> None:
         """Take note of all transfers that have finished; wait for none."""
@@ -689,7 +703,6 @@ class SwapPipeline:
             spoilt = row[~whole & self._packed[row]]
             if spoilt.size:
                 self._forget(self._slots_of_rows(spoilt))
-            self._forget(slots)
             self._packed[row] = whole
             return order, first, self._base + row * self._rows.stride + j * self.page_bytes, []
         try:
@@ -698,7 +711,7 @@ class SwapPipeline:
             offsets, units = self._reserve_more(slots)
             self._guard = set(self._in_flight)
         waits = [self._in_flight[number] for number in self._guard & self._in_flight.keys()]
-        self._forget(slots)
+        self._give_back(slots)
         if alone:
             first = np.arange(slots.size + 1)
             inside = first[:-1] - np.repeat(np.cumsum(units) - units, units)
@@ -734,17 +747,29 @@ class SwapPipeline:
         self._held[old] = 0
         return regions
 
+    def _region_addresses(self, slots) -> np.ndarray:
+        """Return what the places in the table count from, of encoded slots."""
+        places = np.where(self._state[slots] == KNOWN, 16 * self._table[slots, 3].astype(np.int64), 0)
+        return self._address[slots] - places
+
     def _slots_of_rows(self, row) -> np.ndarray:
         return (np.unique(row)[:, None] * self._pages_per_row + np.arange(self._pages_per_row)).ravel()
 
     def _forget(self, slots) -> None:
         """Make distinct slots empty."""
         if self.arena:
-            old = slots[self._held[slots] > 0]
-            start = self._address[old] - self._base
-            self._release(start, start + self._held[old])
-            self._held[old] = 0
+            self._give_back(slots)
         self._state[slots], self._owner[slots] = EMPTY, 0
+
+    def _give_back(self, slots) -> None:
+        """Give back what distinct slots hold of the arena."""
+        held = self._held[_index(slots)]
+        if not held.any():
+            return
+        old = slots[held > 0]
+        start = self._address[old] - self._base
+        self._release(start, start + held[held > 0])
+        self._held[old] = 0
 
     def _release(self, starts, ends, numbers=None, *, at_once=False) -> None:
         """Give ranges back to the arena, once the transfers in flight (or those ``numbers``) are through."""
@@ -831,7 +856,7 @@ class SwapPipeline:
             raise ValueError(f"slots: expected one a page, {num_pages}, got {len(slots)}")
         if slots.size and not (0 <= slots.min() and slots.max() < self.num_slots):
             raise ValueError(f"slots: expected 0 to {self.num_slots - 1}, got {slots.min()} to {slots.max()}")
-        if distinct:
+        if distinct and not (slots[1:] > slots[:-1]).all():
             order = np.arange(slots.size)
             self._stamp[slots] = order
             twice = slots[self._stamp[slots] != order]
@@ -845,7 +870,7 @@ class SwapPipeline:
             raise ValueError(f"slots: nothing is stored in {_some(empty)}; they were never stored, or dropped")
 
     def _check_writable(self, slots) -> None:
-        if not self._fixed.any():
+        if not self._num_prepared:
             return
         if self._rows:  # what happens to one slot of a row may happen to all
             slots = self._slots_of_rows(slots // self._pages_per_row)
@@ -854,6 +879,8 @@ class SwapPipeline:
             raise ValueError(f"slots: a prepared transfer holds {_some(fixed)}; close it first")
 
     def _check_disjoint(self, pointers) -> None:
+        if (pointers[1:] >= pointers[:-1] + np.uint64(self.page_bytes)).all():
+            return
         ordered = np.sort(pointers)
         overlap = np.flatnonzero(np.diff(ordered) < self.page_bytes)
         if overlap.size:
@@ -895,6 +922,13 @@ def _check_transport(transport: str) -> str:
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
     return transport
+
+
+def _index(slots):
+    """Return what indexes an array at ``slots``: a slice where they are consecutive, which is faster."""
+    if slots.size and slots[-1] - slots[0] == slots.size - 1 and (slots[1:] > slots[:-1]).all():
+        return slice(int(slots[0]), int(slots[-1]) + 1)
+    return slots
 
 
 def _some(slots) -> str:

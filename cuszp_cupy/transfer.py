@@ -23,14 +23,14 @@ class Transfer:
         error: the exception that cut the call short, if one did.
     """
 
-    def __init__(self, pipeline, direction, transport, slots, owner, block):
+    def __init__(self, pipeline, direction, transport, owner):
         event = pipeline._cupy.cuda.Event
         self.done, self._start, self._ready = event(), event(), event(disable_timing=True)
-        self.direction, self.transport, self.slots = direction, transport, slots
+        self.direction, self.transport, self.slots = direction, transport, np.zeros(0, np.int64)
         self.stats: TransferStats | None = None
         self.failed: dict[int, str] = {}
         self.error: BaseException | None = None
-        self._pipeline, self._owner, self._block = pipeline, owner, block
+        self._pipeline, self._owner, self._block = pipeline, owner, None
         self._number, self._regions, self._stages = 0, None, []
 
     def query(self) -> bool:
@@ -84,11 +84,12 @@ class Prepared:
         self._aligned = aligned_to(pointers, 8)
         block = self._block = pipeline._take_block(len(slots))
         block.slots[:], block.pages[:] = slots, pointers
-        block.payloads[:] = pipeline._region[slots] + pipeline._shift
+        block.payloads[:] = pipeline._region_addresses(slots) + pipeline._shift
         stream = pipeline._lanes["store"].codec
         block.upload("slots", "payloads", stream)
         stream.synchronize()
-        pipeline._fixed[slots] += 1
+        np.add.at(pipeline._fixed, slots, 1)
+        pipeline._num_prepared += 1
 
     def launch(self) -> None:
         """Enqueue it on CuPy's current stream, which may be capturing. Compiles at the first call: warm up."""
@@ -111,6 +112,7 @@ class Prepared:
         if self._block is not None:
             with self._pipeline._lock:
                 np.subtract.at(self._pipeline._fixed, self.slots, 1)
+                self._pipeline._num_prepared -= 1
                 self._pipeline._put_block(self._block)
                 self._block = None
 
@@ -168,7 +170,7 @@ class Lane:
         self.codec, self.copy = streams[-1 if loads else 0], streams[0 if loads else -1]
         self.buffers, self.join = buffers, join
         self.last = last  # number of the last transfer on each slot (arena) or row
-        self._next = 0
+        self.newest = self._next = 0  # number of the last transfer
 
     def next_buffer(self) -> Buffer:
         self._next += 1

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cuszp_cupy.arena import GAPS, MAX_PITCH, Arena, Predictor, complement, row_regions, runs, spans, tiles
+from cuszp_cupy.arena import (
+    GAPS,
+    MAX_PITCH,
+    Arena,
+    Predictor,
+    between,
+    complement,
+    row_regions,
+    runs,
+    spans,
+    tiles,
+)
 
 SIZE = 640  # of the modelled arena: room for fragmentation, small enough to fill up
 
@@ -173,10 +184,11 @@ def test_spans_cover_every_payload_and_fit_the_tile(pieces, tile_pages, stride):
         starts.append(at)
         at += 16 * length
     starts = np.array(starts, np.int64)
-    ends = starts + 16 * np.array([length for _, length in pieces])
-    base = 1 << 20
+    lengths = 16 * np.array([length for _, length in pieces])
+    ends, base = starts + lengths, 1 << 20
+    rows = (base, stride, starts // stride) if stride else ()
     first_span, first_page, span_starts, span_ends, position = spans(
-        starts + base, ends + base, tile_pages, tile_pages * page_bytes, base, stride
+        starts + base, lengths, tile_pages, tile_pages * page_bytes, *rows
     )
     span = np.repeat(np.arange(first_page.size), np.diff(first_page, append=starts.size))
     assert (span_starts[span] <= starts + base).all() and (ends + base <= span_ends[span]).all()
@@ -195,20 +207,21 @@ def test_spans_copy_small_gaps_along_and_not_large_ones():
     # pages of 32 KiB: a gap of 4 KiB, one of 60 KiB, one just too large
     sizes, gaps = [1 << 15] * 4, [1 << 12, 60 << 10, GAPS[0] + 16]
     starts = np.cumsum([0, *(size + gap for size, gap in zip(sizes, gaps, strict=False))])
-    few = spans(starts, starts + (1 << 15), 4, 1 << 20)
+    few = spans(starts, np.full(4, 1 << 15), 4, 1 << 20)
     assert few[1].tolist() == [0, 2, 3]  # 64 KiB of gaps would be over a fifth: 4 KiB are the limit
     many = np.arange(40, dtype=np.int64) * (1 << 16)
     many[20:] += 1 << 13
-    assert spans(many, many + (1 << 16), 40, 1 << 22)[1].tolist() == [0], "8 KiB in 2.5 MiB are copied along"
+    assert spans(many, np.full(40, 1 << 16), 40, 1 << 22)[1].tolist() == [0], "8 KiB in 2.5 MiB are copied along"
 
 
 def test_spans_of_rows_get_one_width_if_that_costs_little():
     stride, lengths = 4096, np.array([960, 1024, 992])
     starts = np.arange(3, dtype=np.int64) * stride
-    _, first, span_starts, span_ends, position = spans(starts, starts + lengths, 3, 4096, 0, stride)
+    _, first, span_starts, span_ends, position = spans(starts, lengths, 3, 4096, 0, stride, np.arange(3))
     assert (span_ends - span_starts).tolist() == [1024] * 3 and position.tolist() == [0, 1024, 2048]
-    assert runs(position, span_starts, span_ends - span_starts).tolist() == [0]
-    _, first, span_starts, span_ends, _ = spans(starts, starts + np.array([16, 1024, 16]), 3, 4096, 0, stride)
+    assert runs(position, span_starts, span_ends - span_starts).tolist() == [0, 3]
+    lengths = np.array([16, 1024, 16])
+    _, first, span_starts, span_ends, _ = spans(starts, lengths, 3, 4096, 0, stride, np.arange(3))
     assert (span_ends - span_starts).tolist() == [16, 1024, 16]
 
 
@@ -218,9 +231,11 @@ def test_runs_describe_the_same_copies(steps):
     dst = np.cumsum([step[0] for step in steps])
     src = np.cumsum([step[1] for step in steps])
     width = np.array([step[2] for step in steps])
-    first = runs(dst, src, width)
-    assert first[0] == 0 and (np.diff(first) > 0).all()
-    for begin, end in zip(first, np.append(first[1:], len(steps)), strict=True):
+    bound = len(steps) // 2
+    edges = runs(dst, src, width, (0, bound, len(steps)))
+    assert edges[0] == 0 and edges[-1] == len(steps) and (np.diff(edges) > 0).all() and bound in edges
+    assert between(edges, bound, len(steps)).tolist() == [edge for edge in edges if edge >= bound]
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):
         rows = np.arange(end - begin)
         to, by = (dst[begin + 1] - dst[begin], src[begin + 1] - src[begin]) if end - begin > 1 else (8, 8)
         assert min(to, by) >= width[begin]
@@ -232,10 +247,10 @@ def test_runs_describe_the_same_copies(steps):
 def test_runs_break_where_a_2d_copy_cannot_go():
     far = np.array([0, MAX_PITCH + 1])
     near, width = np.array([0, 16]), np.array([16, 16])
-    assert runs(near, near, width).tolist() == [0]
-    assert runs(far, near, width).tolist() == [0, 1], "too far apart"
-    assert runs(near, near[::-1], width).tolist() == [0, 1], "backwards"
-    assert runs(np.array([0, 8]), near, width).tolist() == [0, 1], "overlapping"
+    assert runs(near, near, width).tolist() == [0, 2]
+    assert runs(far, near, width).tolist() == [0, 1, 2], "too far apart"
+    assert runs(near, near[::-1], width).tolist() == [0, 1, 2], "backwards"
+    assert runs(np.array([0, 8]), near, width).tolist() == [0, 1, 2], "overlapping"
 
 
 def test_predictor():

@@ -10,7 +10,9 @@ from importlib import metadata, resources
 
 import pytest
 
-from cuszp_cupy import raw
+from cuszp_cupy import Geometry, raw
+from cuszp_cupy.bound import parse_parts
+from cuszp_cupy.format import MODES
 from cuszp_cupy.raw import copy, cuszp, kv
 
 # A100, H100, B200: the first and the last have instructions, and register pressure, that the middle has not.
@@ -84,6 +86,44 @@ def test_kernel_compiles(name, expression, architecture):
     assert status == 0, log
     assert "warning" not in log
     assert_registers_suffice(log)
+
+
+def test_launch_functions_pass_what_the_kernels_declare(monkeypatch):
+    """Nothing else looks at them: their number, and integers or pointers apart from floating point."""
+    launched = {}
+
+    def launch(name, expression, grid, threads, types, arguments, shared_mem=0):
+        assert expression in KERNELS[name] and 1 <= threads <= 1024 and grid >= 1
+        assert shared_mem <= raw.MOST_SHARED and len(types) == len(arguments) <= raw.MOST_ARGUMENTS
+        kernel, _, rest = expression.partition("<")
+        value = {"float": "f", "double": "d"}.get(rest.split(",")[0])
+        text = re.search(rf"void[^;{{]*?\b{kernel}\((.*?)\) \{{", raw.source(name), re.DOTALL)[1]
+        declared = ""
+        for parameter in text.split(","):
+            kind = parameter.replace("const", "").split()[0]
+            declared += "Q" if "*" in parameter else {"T": value, "double": "d", "float": "f"}.get(kind, "Q")
+        assert types.replace("q", "Q") == declared, expression
+        raw._layout(types).pack(*arguments)
+        launched[kernel] = launched.get(kernel, 0) + 1
+
+    for module in (copy, cuszp, kv):
+        monkeypatch.setattr(module, "launch", launch)
+    copy.fetch(16, 32, 64)
+    copy.publish(16, 16, 16, 5, 16, 16, 16, 16, 2)
+    copy.collect(16, 16, 16, 5)
+    for dtype in ("float32", "float64"):
+        for mode in MODES:
+            cuszp.compress(256, 1000, dtype, 0.25, mode, 512, 1024, 2048)
+            cuszp.decompress(512, 4096, 1000, dtype, 0.25, mode, 256, 2048, 1024)
+    for dtype in ("float16", "bfloat16"):
+        for geometry in (Geometry(16, 64), Geometry(1, 100), Geometry(16, 256, parts=(64, 64))):
+            bounds = parse_parts("rms:0.05", len(geometry.part_values))
+            kv.encode(16, 16, 16, 3, dtype, geometry, bounds, aligned=True)
+            kv.decode(16, 16, 16, 16, 3, dtype, geometry, aligned=True)
+    assert launched == {
+        "kv_fetch": 1, "kv_publish": 1, "kv_collect": 1, "cuszp_compress": 6, "cuszp_decompress": 6,
+        "kv_encode": 6, "kv_decode": 6,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SOURCES)

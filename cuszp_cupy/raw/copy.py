@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from . import kernel
+from . import launch
 
 KERNELS = {"kv_rest": ("kv_fetch", "kv_publish", "kv_collect")}
 THREADS = 256
@@ -18,13 +18,11 @@ _FEW_RUNS = 4  # 2-D copies up to this many; one batched call beyond
 
 
 def fetch(from_ptr: int, to_ptr: int, nbytes: int) -> None:
-    """Copy ``nbytes``, rounded up to 16, from mapped pinned host memory to the device, on CuPy's current stream."""
+    """Copy ``nbytes``, rounded up to 16, from mapped pinned memory to the device, on CuPy's current stream."""
     assert nbytes > 0 and from_ptr % 16 == 0 and to_ptr % 16 == 0
     num_words = -(-nbytes // 16)
-    _kernel("kv_fetch", _device())(
-        (min(_FETCH_BLOCKS, -(-num_words // THREADS)),), (THREADS,),
-        (np.uint64(from_ptr), np.uint64(to_ptr), np.uint32(num_words)),
-    )  # fmt: skip
+    blocks = min(_FETCH_BLOCKS, -(-num_words // THREADS))
+    launch("kv_rest", "kv_fetch", blocks, THREADS, "QQQ", (from_ptr, to_ptr, num_words))
 
 
 def publish(
@@ -45,12 +43,11 @@ def publish(
     assert num_pages > 0 and rows_ptr % 16 == 0 and table_ptr % 16 == 0
     parts = max(1, _PARTS // max(num_regions, 1))
     blocks = min(_MOST_BLOCKS, max(-(-num_pages // THREADS), num_regions * parts))
-    _kernel("kv_publish", _device())(
-        (blocks,), (THREADS,),
+    launch(
+        "kv_rest", "kv_publish", blocks, THREADS, "Q" * 10,
         (
-            np.uint64(rows_ptr), np.uint64(slots_ptr), np.uint64(table_ptr), np.uint32(num_pages),
-            np.uint64(hosts_ptr), np.uint64(works_ptr), np.uint64(copied_ptr), np.uint64(cursors_ptr),
-            np.uint32(num_regions), np.uint32(parts),
+            rows_ptr, slots_ptr, table_ptr, num_pages, hosts_ptr, works_ptr, copied_ptr, cursors_ptr, num_regions,
+            parts,
         ),
     )  # fmt: skip
 
@@ -58,17 +55,16 @@ def publish(
 def collect(table_ptr: int, slots_ptr: int, rows_ptr: int, num_pages: int) -> None:
     """Gather the rows of ``slots`` from the page table, on CuPy's current stream."""
     assert num_pages > 0 and rows_ptr % 16 == 0 and table_ptr % 16 == 0
-    _kernel("kv_collect", _device())(
-        (-(-num_pages // THREADS),), (THREADS,),
-        (np.uint64(table_ptr), np.uint64(slots_ptr), np.uint64(rows_ptr), np.uint32(num_pages)),
-    )  # fmt: skip
+    blocks = -(-num_pages // THREADS)
+    launch("kv_rest", "kv_collect", blocks, THREADS, "QQQQ", (table_ptr, slots_ptr, rows_ptr, num_pages))
 
 
-def copies(dst, src, width, first, kind: int, stream_ptr: int) -> int:
+def copies(dst, src, width, edges, kind: int, stream_ptr: int) -> int:
     """Enqueue copies of ``width`` bytes from ``src`` to ``dst`` (int64 arrays); return the number of calls.
 
     Args:
-        first: first index of each run of one width and equal distances (``arena.runs``).
+        edges: where runs of one width and equal distances begin, and the end (``arena.runs``); what lies before
+            the first or after the last edge is left alone.
         kind: ``cudaMemcpyHostToDevice`` or ``cudaMemcpyDeviceToHost``.
         stream_ptr: not the legacy default stream.
 
@@ -76,18 +72,19 @@ def copies(dst, src, width, first, kind: int, stream_ptr: int) -> int:
     """
     from cupy.cuda import runtime
 
-    if len(first) > _FEW_RUNS and has_batch():
-        _copy_batch(dst, src, width, stream_ptr)
+    edges = edges.tolist()
+    if len(edges) - 1 > _FEW_RUNS and has_batch():
+        some = slice(edges[0], edges[-1])
+        _copy_batch(dst[some], src[some], width[some], stream_ptr)
         return 1
-    ends = [*first[1:].tolist(), len(dst)]
-    for begin, end in zip(first.tolist(), ends, strict=True):
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):
         to, by, size, height = int(dst[begin]), int(src[begin]), int(width[begin]), end - begin
         pitches = (int(dst[begin + 1]) - to, int(src[begin + 1]) - by) if height > 1 else (size, size)
         if pitches == (size, size):
             runtime.memcpyAsync(to, by, size * height, kind, stream_ptr)
         else:
             runtime.memcpy2DAsync(to, pitches[0], by, pitches[1], size, height, kind, stream_ptr)
-    return len(first)
+    return len(edges) - 1
 
 
 def has_batch() -> bool:
@@ -123,14 +120,3 @@ def _batch_function():
         ctypes.c_int, address, address, address, size, address, address, size, address, address
     )
     return prototype(pointer.value)
-
-
-@functools.cache
-def _kernel(expression: str, device: int):
-    return kernel("kv_rest", expression)
-
-
-def _device() -> int:
-    import cupy
-
-    return cupy.cuda.runtime.getDevice()

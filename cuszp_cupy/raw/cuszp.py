@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..format import CHUNK, MAX_VALUES, MODES, rate_bytes
-from . import CTYPES, kernel
+from . import CTYPES, launch
 
 #: Warps in a CTA. Large tiles need fewer look-backs, small ones occupy more of the GPU.
 SMALL_TILE, LARGE_TILE = 2, 8
@@ -59,7 +59,8 @@ def compress(
         return
     with np.errstate(over="ignore"):  # a subnormal eb; the format says what comes of it
         r = T(0.5) / T(eb)
-    _launch("compress", n, dtype, mode, (x_ptr, np.int64(n), r, out_ptr, size_ptr, workspace_ptr))
+    types = "QqdQQQ" if dtype == "float64" else "QqfQQQ"
+    _launch("compress", n, dtype, mode, types, (x_ptr, n, float(r), out_ptr, size_ptr, workspace_ptr))
 
 
 def decompress(
@@ -84,13 +85,9 @@ def decompress(
     assert stream_bytes >= 0
     if n == 0:
         return
-    _launch(
-        "decompress",
-        n,
-        dtype,
-        mode,
-        (stream_ptr, np.int64(stream_bytes), np.int64(n), T(eb), out_ptr, status_ptr, workspace_ptr),
-    )
+    types = "QqqdQQQ" if dtype == "float64" else "QqqfQQQ"
+    arguments = stream_ptr, stream_bytes, n, float(T(eb)), out_ptr, status_ptr, workspace_ptr
+    _launch("decompress", n, dtype, mode, types, arguments)
 
 
 def _check(n: int, dtype: str, eb: float, stream_ptr: int, workspace_ptr: int) -> type:
@@ -103,7 +100,7 @@ def _check(n: int, dtype: str, eb: float, stream_ptr: int, workspace_ptr: int) -
     return T
 
 
-def _launch(name: str, n: int, dtype: str, mode: str, args: tuple) -> None:
+def _launch(name: str, n: int, dtype: str, mode: str, types: str, arguments: tuple) -> None:
     warps = SMALL_TILE if n <= MAX_SMALL else LARGE_TILE
-    run = kernel(f"cuszp_{name}", f"cuszp_{name}<{CTYPES[dtype]}, {MODES.index(mode)}, {warps}>")
-    run((rate_bytes(n) // (32 * warps),), (32 * warps,), args)
+    expression = f"cuszp_{name}<{CTYPES[dtype]}, {MODES.index(mode)}, {warps}>"
+    launch(f"cuszp_{name}", expression, rate_bytes(n) // (32 * warps), 32 * warps, types, arguments)

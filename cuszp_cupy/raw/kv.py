@@ -8,11 +8,9 @@ from __future__ import annotations
 import functools
 import math
 
-import numpy as np
-
 from ..bound import Bound
 from ..format import CODINGS, DTYPES, LOWEST_STEP, STEP_LIMIT, TILE_TOKENS, Geometry, step_number
-from . import kernel
+from . import MOST_SHARED, launch
 
 MAX_THREADS = 512  # as in kv_common.cuh; each thread takes two groups
 KERNELS = {
@@ -59,13 +57,11 @@ def encode(
     kind, step, factor = zip(*(parts * 2)[:2], strict=True)
     raw = coding == "raw" or any(k == 0 and s < LOWEST_STEP[dtype] for k, s, _ in parts)
     _launch(
-        "kv_encode", dtype, fast, geometry, num_pages, blocks,
+        "kv_encode", dtype, fast, geometry, num_pages, blocks, "Q" * 18 + "qqdqqd",
         (
-            np.uint64(pages_ptr), np.uint64(payloads_ptr), np.uint64(rows_ptr),
-            np.uint64(regions_ptr), np.uint64(cursors_ptr), np.uint32(num_pages),
-            np.uint32(CODINGS.index("raw" if raw else coding)), *_geometry_arguments(geometry),
-            np.int32(kind[0]), np.int32(step[0]), np.float64(factor[0]),
-            np.int32(kind[1]), np.int32(step[1]), np.float64(factor[1]),
+            pages_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr, num_pages,
+            CODINGS.index("raw" if raw else coding), *_geometry_arguments(geometry),
+            kind[0], step[0], factor[0], kind[1], step[1], factor[1],
         ),
     )  # fmt: skip
 
@@ -92,32 +88,18 @@ def decode(
     assert num_pages > 0 and rows_ptr % 16 == 0
     fast = aligned and _threads(geometry)[1] and not geometry.flat
     _launch(
-        "kv_decode", dtype, fast, geometry, num_pages, blocks,
-        (
-            np.uint64(payloads_ptr), np.uint64(rows_ptr), np.uint64(pages_ptr), np.uint64(status_ptr),
-            np.uint32(num_pages), *_geometry_arguments(geometry),
-        ),
+        "kv_decode", dtype, fast, geometry, num_pages, blocks, "Q" * 16,
+        (payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages, *_geometry_arguments(geometry)),
     )  # fmt: skip
 
 
-def _launch(name, dtype, fast, geometry, num_pages, blocks, arguments) -> None:
+def _launch(name, dtype, fast, geometry, num_pages, blocks, types, arguments) -> None:
     threads = _threads(geometry)[0]
-    function = _kernel(name, f"{name}<{dtype}, {'true' if fast else 'false'}>", _device())
+    shared = 64 * 2 * threads + 16
+    assert shared <= MOST_SHARED
     grid = min(num_pages, blocks or num_pages)
-    function((grid,), (threads,), arguments, shared_mem=64 * 2 * threads + 16)
-
-
-@functools.cache
-def _kernel(name: str, expression: str, device: int):
-    function = kernel(name, expression)
-    function.max_dynamic_shared_size_bytes = 64 * 2 * MAX_THREADS + 16
-    return function
-
-
-def _device() -> int:
-    import cupy
-
-    return cupy.cuda.runtime.getDevice()
+    expression = f"{name}<{dtype}, {'true' if fast else 'false'}>"
+    launch(name, expression, grid, threads, types, arguments, shared)
 
 
 @functools.lru_cache(1024)
@@ -133,7 +115,7 @@ def _widths(geometry: Geometry) -> tuple[int, ...]:
 
 
 @functools.lru_cache(1024)
-def _geometry_arguments(geometry: Geometry) -> tuple[np.uint32, ...]:
+def _geometry_arguments(geometry: Geometry) -> tuple[int, ...]:
     channels, parts = geometry.channels, geometry.parts
     kw, vw = parts or (0, 0)
     flat = geometry.flat
@@ -150,7 +132,7 @@ def _geometry_arguments(geometry: Geometry) -> tuple[np.uint32, ...]:
         kw | vw << 16,
         geometry.outer,
     )
-    return tuple(np.uint32(number) for number in numbers)
+    return tuple(int(number) for number in numbers)
 
 
 @functools.lru_cache(1024)
