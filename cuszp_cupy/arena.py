@@ -122,27 +122,32 @@ def complement(starts, ends, inner_starts, inner_ends) -> tuple[np.ndarray, np.n
 
 
 class Predictor:
-    """How much of its raw size a region will take: the largest share seen of late, which fades slowly.
+    """How much of its raw size a region will take: a quantile of the shares seen of late. Until then, 1.
 
-    Until something was seen, 1.
+    Not the largest one: a longer copy costs bytes of every region, a shorter one costs a kernel's writes for few.
+
+    Args:
+        quantile: of the last WINDOW shares, or of the newest ones alone if that is more.
     """
 
-    def __init__(self):
-        self.share = 1.0
-        self._seen = False
+    WINDOW = 128
+
+    def __init__(self, quantile: float):
+        self.share, self._quantile, self._window = 1.0, quantile, np.zeros(0)
 
     def update(self, shares: np.ndarray) -> None:
         """Take note of the shares that some regions took."""
-        if not len(shares):
-            return
-        highest = float(shares.max())
-        if self._seen:
-            highest = max(highest, self.share - (self.share - highest) / 8)
-        self.share, self._seen = highest, True
+        if len(shares):
+            self._window = np.concatenate([self._window, shares])[-self.WINDOW :]
+            self.share = max(self._of(self._window), self._of(shares))
 
-    def predict(self, sizes: np.ndarray, margin: float) -> np.ndarray:
+    def _of(self, shares: np.ndarray) -> float:
+        at = min(int(self._quantile * len(shares)), len(shares) - 1)
+        return float(np.partition(shares, at)[at])
+
+    def predict(self, sizes: np.ndarray) -> np.ndarray:
         """Return the bytes to expect of regions of raw ``sizes``: at most those, rounded up to 16."""
-        return np.minimum(sizes, (np.ceil(sizes * (self.share * margin / 16)) * 16).astype(np.int64))
+        return np.minimum(sizes, (np.ceil(sizes * (self.share / 16)) * 16).astype(np.int64))
 
 
 def row_regions(slots: np.ndarray, pages_per_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,8 +185,26 @@ def tiles(first: np.ndarray, tile_pages: int) -> list[int]:
     return bounds
 
 
+def _cuts(starts, ends, apart):
+    """Yield ways to cut payloads into spans: at ``apart`` only, then where gaps are large, then at each gap.
+
+    As first payloads, starts and ends. Only the first way will do for payloads that are not sorted.
+    """
+    n, whole = starts.size, np.concatenate([[0], np.flatnonzero(apart) + 1])
+    yield whole, np.minimum.reduceat(starts, whole), np.maximum.reduceat(ends, whole)
+    gaps = starts[1:] - ends[:-1]
+    if n > 1 and (starts[1:] < starts[:-1]).any():
+        return
+    if n > 1 and gaps.min() < 0:  # a payload that is loaded twice
+        ends = np.maximum.accumulate(ends)
+        gaps = starts[1:] - ends[:-1]
+    for gap in GAPS:
+        first = np.concatenate([[0], np.flatnonzero(apart | (gaps > gap)) + 1])
+        yield first, starts[first], ends[np.append(first[1:], n) - 1]
+
+
 def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stride: int = 0, rows=None):
-    """Cut a load, its payloads sorted by address, into tiles of pages and spans to copy.
+    """Cut a load into tiles of pages and spans to copy; None if its payloads must be sorted by address before.
 
     Args:
         starts, lengths: of the payloads, multiples of 16.
@@ -192,24 +215,18 @@ def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stri
         (first span of each tile and the end, first page of each span, starts and ends of the spans, position
         of each span in its tile)
     """
-    n, ends = starts.size, starts + lengths
-    gaps = starts[1:] - ends[:-1]
-    if n > 1 and gaps.min() < 0:  # a payload that is loaded twice
-        ends = np.maximum.accumulate(ends)
-        gaps = starts[1:] - ends[:-1]
-    apart = np.zeros(n - 1, bool)
+    apart, total = np.zeros(starts.size - 1, bool), int(lengths.sum())
     apart[tile_pages - 1 :: tile_pages] = True
     if rows is not None:
         apart |= rows[1:] != rows[:-1]
-    total = int(lengths.sum())
-    for gap in GAPS:
-        first = np.concatenate([[0], np.flatnonzero(apart | (gaps > gap)) + 1])
-        span_starts, span_ends = starts[first], ends[np.append(first[1:], n) - 1]
-        span_tile = first // tile_pages
-        first_span = np.flatnonzero(np.diff(span_tile, prepend=-1))
+    for cut in _cuts(starts, starts + lengths, apart):
+        first, span_starts, span_ends = cut
+        first_span = np.flatnonzero(np.diff(first // tile_pages, prepend=-1))
         copied = np.add.reduceat(span_ends - span_starts, first_span)
         if copied.max() <= tile_bytes and copied.sum() * 4 <= total * 5:
             break
+    else:
+        return None
     if rows is not None:
         num_spans = np.diff(first_span, append=first.size)
         origin = base + rows[first] * stride

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import auto
+from . import auto, library_swap
 from .arena import Arena, Predictor, between, complement, row_regions, runs, spans, tiles
 from .bound import parse_parts
-from .codec import NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
+from .codec import ENGINES, NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
 from .raw import copy as raw_copy
 from .raw import kv
@@ -77,14 +77,18 @@ class SwapPipeline:
             the raw size of its pages until it has finished.
         ring_bytes: device memory at most, half each way; less where the slots need less.
         fused_blocks: thread blocks of the fused kernels.    burst_blocks: of the staged ones (None: a page each).
-        margin: by how much staged stores copy more than the largest share seen of late.
+        quantile: staged stores copy as much of each region (tile or row) as this part of them took of late; a
+            kernel writes what is longer.
         timing: measure stages too, for ``overlap``; costs some microseconds a tile.
+        engine: ``kernels`` (ours), or ``library``, a baseline: the user's libcuSZp, page by page, synchronously;
+            its bound is that before rounding to ``dtype`` (see ``library_swap.py``). It has an arena, the default
+            ``coding``, ``transport`` and ``timing``, and no use for ring, blocks and margin.
 
     Belongs to the device current when it is made. Any number of threads may use it; their calls take turns.
 
     Raises:
         ValueError, TypeError: an argument that does not fit.    MemoryError: no pinned or device memory.
-        RuntimeError: no CuPy or no GPU.
+        RuntimeError: no CuPy or no GPU, or (asked for) no libcuSZp.
     """
 
     def __init__(
@@ -101,10 +105,15 @@ class SwapPipeline:
         ring_bytes: int = 256 << 20,
         fused_blocks: int = 16,
         burst_blocks: int | None = None,
-        margin: float = 1.02,
+        quantile: float = 0.75,
         timing: bool = False,
+        engine: str = "kernels",
     ):
         self._closed = True  # until everything is there
+        if engine not in ENGINES:
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+        if engine == "library":
+            library_swap.check_options(coding=coding, transport=transport, host=host, timing=timing)
         cupy = self._cupy = _cupy()
         self._runtime = runtime = cupy.cuda.runtime
         self.geometry, self.dtype, self.coding = geometry, check_page_dtype(dtype), check_coding(coding)
@@ -112,15 +121,27 @@ class SwapPipeline:
         self.transport, self.num_slots = _check_transport(transport), int(num_slots)
         if self.num_slots < 1:
             raise ValueError(f"num_slots: expected at least 1, got {num_slots}")
-        if margin < 1:
-            raise ValueError(f"margin: expected at least 1, got {margin}")
-        self.margin, self.timing = margin, timing
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"quantile: expected 0 to 1, got {quantile}")
+        self.timing = timing
         self.fused_blocks, self.burst_blocks = fused_blocks, burst_blocks
         self.page_bytes = geometry.nbytes
         self._slot_bytes = -(-geometry.nbytes // 16) * 16
         self._device = runtime.getDevice()
         self._lock = threading.RLock()
         self.stats = Counters()
+        self._in_flight: dict[int, Transfer] = {}
+        self._limbo: list[tuple[set[int], np.ndarray, np.ndarray]] = []  # freed, but transfers may still use it
+        self._stamp = np.zeros(self.num_slots, np.int64)
+        self._ring = self._library = None
+        if engine == "library":
+            self._library = library_swap.LibrarySwap(
+                geometry, self.dtype, self.bounds, num_slots=self.num_slots, arena_bytes=arena_bytes
+            )
+            self.stats, self.arena = self._library.stats, self._library.table.arena
+            self._state = self._library.table.nbytes  # 0, EMPTY, where nothing is stored
+            self._closed = False
+            return
 
         self._rows = host
         self._pages_per_row = host.pages_per_row if host else 1
@@ -156,7 +177,6 @@ class SwapPipeline:
         self._held = np.zeros(self.num_slots, np.int64)  # bytes at its address that go back to the arena
         self._fixed = np.zeros(self.num_slots, np.int32)  # prepared transfers that count on it
         self._num_prepared = 0  # of them
-        self._stamp = np.zeros(self.num_slots, np.int64)
         self._packed = np.zeros(-(-self.num_slots // self._pages_per_row), bool)
         # the same as kernels write and read it
         self._table = pinned(16 * self.num_slots).view(np.uint32).reshape(-1, ROW_WORDS)
@@ -181,10 +201,8 @@ class SwapPipeline:
         for _ in range(BUFFERS):
             self._blocks.append(self._new_block(min(self.num_slots, BLOCK_PAGES)))
         self._number = 0
-        self._in_flight: dict[int, Transfer] = {}
-        self._limbo: list[tuple[set[int], np.ndarray, np.ndarray]] = []  # freed, but transfers may still use it
         self._guard: set[int] = set()  # transfers that may still use what is free in the arena
-        self._packed_share, self._single_share = Predictor(), Predictor()
+        self._packed_share, self._single_share = Predictor(quantile), Predictor(quantile)
         self._stage_events: list = []  # free ones
         self.speed: dict[str, float] = {}  # what calibrate measured
         self._closed = False
@@ -213,6 +231,8 @@ class SwapPipeline:
         caller = self._check_stream(stream)
         with self._lock:
             slots = self._check_slots(slots, len(pointers), distinct=True)
+            if self._library:
+                return self._library.store(pointers, slots, caller, transport)
             self._check_writable(slots)
             self._reap()
             transport = self._choose("store", len(slots), transport)
@@ -265,17 +285,18 @@ class SwapPipeline:
         self._check_disjoint(pointers)
         with self._lock:
             slots = self._check_slots(slots, len(pointers))
+            if self._library:
+                self._check_stored(slots)
+                return self._library.load(slots, pointers, caller, transport)
             self._reap()
-            state, addresses = self._state[slots], self._address[slots]
+            state = self._state[_index(slots)]
             if (state == KNOWN).all():
-                order = np.argsort(addresses)
-                counts = order.size, 0, 0
+                counts = slots.size, 0, 0
             else:
                 self._check_stored(slots)
                 known, pending, copied = (np.flatnonzero(state == s) for s in (KNOWN, PENDING, COPIED))
-                order = np.concatenate([known[np.argsort(addresses[known])], pending, copied])
-                counts = known.size, pending.size, copied.size
-            slots, pointers, addresses = slots[order], pointers[order], addresses[order]
+                order, counts = np.concatenate([known, pending, copied]), (known.size, pending.size, copied.size)
+                slots, pointers = slots[order], pointers[order]
             transport = self._choose("load", len(slots), transport)
             if transport == "raw" and counts[2] < slots.size:
                 transport = "staged"  # they were stored encoded
@@ -288,7 +309,7 @@ class SwapPipeline:
             waits = self._conflicts([self._lanes["store"], self._lanes["fused store"]], units)
             try:
                 self._begin(transfer, lane, caller, waits, marks)
-                self._decode(transfer, lane, pointers, addresses, units)
+                self._decode(transfer, lane, pointers, units)
                 self._end(transfer, lane, caller if join else None)
             except BaseException as error:
                 self._abandon(transfer, lane, error)
@@ -303,6 +324,8 @@ class SwapPipeline:
         """
         with self._lock:
             slots = self._check_slots(slots, None)
+            if self._library:
+                return self._library.drop(np.unique(slots))
             self._check_writable(slots)
             self._reap()
             self._forget(np.unique(slots))
@@ -320,6 +343,8 @@ class SwapPipeline:
             return
         with self._lock:
             self._closed = True
+            if self._library:
+                return self._library.close()
             for lane in self._lanes.values():
                 for stream in lane.streams:
                     stream.synchronize()
@@ -340,6 +365,8 @@ class SwapPipeline:
         """Return the bytes in use: ring and arguments (device), arena and table (pinned host), fragmentation."""
         with self._lock:
             self._reap()
+            if self._library:
+                return self._library.memory()
             usage = {
                 "ring_bytes": 2 * BUFFERS * self._tile_bytes,
                 "argument_bytes": self._block_bytes,
@@ -360,6 +387,7 @@ class SwapPipeline:
         against the pipeline's other calls: load what it stored from the same stream. Until ``Prepared.close``,
         ``store`` and ``drop`` refuse the slots.
         """
+        self._check_kernels("prepare_store")
         pointers, owner = self._check_pages(pages, "pages")
         with self._lock:
             slots = self._check_slots(slots, len(pointers), distinct=True)
@@ -379,6 +407,7 @@ class SwapPipeline:
 
         The slots were prepared for a store, or stored encoded (not ``raw``). Waits.
         """
+        self._check_kernels("prepare_load")
         pointers, owner = self._check_pages(pages, "pages")
         self._check_disjoint(pointers)
         with self._lock:
@@ -394,12 +423,14 @@ class SwapPipeline:
     # --- which transport ----------------------------------------------------------------------------------
     def calibrate(self) -> None:
         """Measure link, codec and launch cost of this machine, for ``auto``. Waits; compiles the kernels."""
+        self._check_kernels("calibrate")
         with self._lock:
             self.synchronize()
             self.speed = auto.measure(self)
 
     def explain(self) -> str:
         """Return what ``calibrate`` measured, what ``auto`` picks for batches of which size, and why."""
+        self._check_kernels("explain")
         return auto.explain(self)
 
     def _choose(self, direction: str, num_pages: int, transport: str | None) -> str:
@@ -423,7 +454,7 @@ class SwapPipeline:
             tile = np.repeat(np.arange(len(buffers)), np.diff(bounds))
             works = np.array([buffer.address for buffer in buffers])[tile]
             works += (first[:-1] - first[bounds[:-1]][tile]) * self._slot_bytes
-            packed, single = (p.predict(sizes, self.margin) for p in (self._packed_share, self._single_share))
+            packed, single = (p.predict(sizes) for p in (self._packed_share, self._single_share))
             widths = np.where(counts > 1, packed, single)
         block.slots[:], block.pages[:] = transfer.slots, pointers
         block.payloads[:], block.regions[:] = np.repeat(works, counts), np.repeat(np.arange(len(hosts)), counts)
@@ -511,7 +542,7 @@ class SwapPipeline:
         return payload, int(np.maximum(used, transfer._widths).sum())
 
     # --- what a load enqueues -----------------------------------------------------------------------------
-    def _decode(self, transfer, lane, pointers, addresses, units) -> None:
+    def _decode(self, transfer, lane, pointers, units) -> None:
         """Decode what is known in tiles, what is pending from the host, and copy what is raw."""
         slots, block, runtime = transfer.slots, transfer._block, self._runtime
         num_known, num_pending, num_copied = transfer._counts
@@ -519,13 +550,9 @@ class SwapPipeline:
         transfer._payload_bytes = transfer._link_bytes = num_copied * self.page_bytes
         if not len(slots):
             return
-        block.slots[:], block.pages[:] = slots, pointers
-        block.status[:coded], block.status[coded:] = NOT_DECODED, 0
-        block.payloads[:coded] = addresses[:coded] + self._shift
-        plan = []
+        addresses, plan = self._address[_index(slots)], []
         if num_known:
-            rows = np.take(self._table, slots[:num_known], axis=0, out=block.rows[:num_known], mode="clip")
-            rows[:, 3] = 0  # payload addresses are exact
+            rows = np.take(self._table, slots[:num_known], axis=0)
             nbytes = rows[:, 1].astype(np.int64)
             lengths = (nbytes + 15) & -16
             transfer._payload_bytes += int(nbytes.sum()) + 16 * num_known
@@ -533,7 +560,23 @@ class SwapPipeline:
                 plan = [(None, 0, num_known, None)]
                 transfer._link_bytes += int(lengths.sum())
             else:
-                copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, units[:num_known])
+                found = self._spans(addresses[:num_known], lengths, units[:num_known])
+                if found is None:
+                    order = np.argsort(addresses[:num_known])
+                    rows, lengths = rows[order], lengths[order]
+                    order = np.concatenate([order, np.arange(num_known, slots.size)])
+                    slots, pointers, addresses = slots[order], pointers[order], addresses[order]
+                    transfer.slots = slots
+                    found = self._spans(addresses[:num_known], lengths, units[order[:num_known]])
+                copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, found)
+            block.rows[:num_known] = rows
+            block.rows[:num_known, 3] = 0  # payload addresses are exact
+        block.slots[:], block.pages[:] = slots, pointers
+        block.status[:coded], block.status[coded:] = NOT_DECODED, 0
+        block.payloads[:coded] = addresses[:coded] + self._shift
+        for buffer, page, end, _ in plan:
+            if buffer:
+                block.payloads[page:end] = transfer._in_ring[page:end] + buffer.address
         aligned, at = aligned_to(pointers[:coded], 4), block.device_pointers
         if coded:
             block.upload("slots", "rows", lane.codec)
@@ -566,18 +609,19 @@ class SwapPipeline:
             with Stage(transfer, "load copy", lane.copy):
                 raw_copy.copies(*pieces, runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
-    def _plan_tiles(self, transfer, lane, starts, lengths, units) -> tuple[tuple, list[tuple]]:
-        """Cut known pages into tiles; return the copies, and (buffer, pages, edges of its copies) of each tile.
+    def _spans(self, starts, lengths, units):
+        rows = (self._base, self._rows.stride, units) if self._rows else ()
+        return spans(starts, lengths, self._tile_pages, self._tile_bytes, *rows)
+
+    def _plan_tiles(self, transfer, lane, starts, lengths, found) -> tuple[tuple, list[tuple]]:
+        """Plan the tiles of known pages: the copies, and (ring buffer, pages, edges of its copies) of each tile.
 
         The buffer is None where so little would go at once that the kernel had better read the host itself.
         """
-        rows = (self._base, self._rows.stride, units) if self._rows else ()
-        first_span, first_page, span_starts, span_ends, position = spans(
-            starts, lengths, self._tile_pages, self._tile_bytes, *rows
-        )
-        widths, payloads, plan = span_ends - span_starts, transfer._block.payloads, []
+        first_span, first_page, span_starts, span_ends, position = found
+        widths, plan = span_ends - span_starts, []
         counts = np.diff(first_page, append=starts.size)
-        in_tile = starts + np.repeat(position - span_starts, counts)
+        transfer._in_ring = starts + np.repeat(position - span_starts, counts)
         bounds = first_span.tolist()
         edges = runs(position, span_starts, widths, bounds)
         shortest = BATCH_SPAN_BYTES if raw_copy.has_batch() else SPAN_BYTES
@@ -589,7 +633,6 @@ class SwapPipeline:
                 transfer._link_bytes += int(lengths[page:end].sum())
                 continue
             buffer = lane.next_buffer()
-            payloads[page:end] = in_tile[page:end] + buffer.address
             position[lo:hi] += buffer.address
             plan.append((buffer, page, end, mine))
             transfer._link_bytes += copied
@@ -813,6 +856,12 @@ class SwapPipeline:
         return self._cupy.cuda.Event(disable_timing=True)
 
     # --- checks -------------------------------------------------------------------------------------------
+    def _check_kernels(self, what: str) -> None:
+        if self._library:
+            raise ValueError(
+                f"{what}: engine 'library' has one way, which waits; make the pipeline with engine='kernels'"
+            )
+
     def _check_pages(self, pages, name: str):
         """Return (device addresses, owner) of ``pages``, checked."""
         if self._closed:

@@ -214,6 +214,14 @@ def test_spans_copy_small_gaps_along_and_not_large_ones():
     assert spans(many, np.full(40, 1 << 16), 40, 1 << 22)[1].tolist() == [0], "8 KiB in 2.5 MiB are copied along"
 
 
+def test_spans_take_payloads_in_any_order_that_lie_side_by_side():
+    starts, lengths = np.array([64, 0, 32, 96, 128]), np.array([32, 32, 32, 32, 16])
+    first_span, first, span_starts, span_ends, _ = spans(starts, lengths, 3, 128)
+    assert first_span.tolist() == [0, 1, 2] and first.tolist() == [0, 3]
+    assert span_starts.tolist() == [0, 96] and span_ends.tolist() == [96, 144]
+    assert spans(starts * 64, lengths, 3, 128) is None, "these must be sorted"
+
+
 def test_spans_of_rows_get_one_width_if_that_costs_little():
     stride, lengths = 4096, np.array([960, 1024, 992])
     starts = np.arange(3, dtype=np.int64) * stride
@@ -254,21 +262,25 @@ def test_runs_break_where_a_2d_copy_cannot_go():
 
 
 def test_predictor():
-    predictor = Predictor()
+    predictor = Predictor(0.75)
     sizes = np.array([1600, 160, 16])
-    assert predictor.predict(sizes, 1.02).tolist() == [1600, 160, 16], "raw until something was seen"
+    assert predictor.predict(sizes).tolist() == [1600, 160, 16], "raw until something was seen"
     predictor.update(np.array([]))
     assert predictor.share == 1
-    predictor.update(np.array([0.2, 0.25]))
-    assert predictor.share == 0.25
-    assert predictor.predict(sizes, 1.0).tolist() == [400, 48, 16], "rounded up to 16"
-    predictor.update(np.array([0.5]))
-    assert predictor.share == 0.5, "up at once"
-    shares = []
-    for _ in range(60):
-        predictor.update(np.array([0.25]))
-        shares.append(predictor.share)
-    assert shares[0] == 0.5 - 0.25 / 8 and sorted(shares, reverse=True) == shares, "down slowly"
-    assert shares[-1] == pytest.approx(0.25, abs=0.001)
+    predictor.update(np.array([0.25, 0.9, 0.2, 0.22]))
+    assert predictor.share == 0.9, "a quarter of few is the largest"
+    predictor.update(np.arange(100) / 100)
+    assert predictor.share == 0.75
+    predictor.update(np.full(50, 0.25))
+    assert predictor.share == 0.68, "of the last 128"
+    assert predictor.predict(sizes).tolist() == [1088, 112, 16], "rounded up to 16"
+    predictor.update(np.array([0.8]))
+    assert predictor.share == 0.8, "up at once"
+    for _ in range(2):
+        predictor.update(np.full(Predictor.WINDOW, 0.25))
+    assert predictor.share == 0.25, "forgets"
     predictor.update(np.array([1.0]))
-    assert (predictor.predict(sizes, 1.1) == sizes).all(), "never more than raw"
+    assert (predictor.predict(sizes) == sizes).all()
+    last = Predictor(1.0)
+    last.update(np.array([0.3, 0.5, 0.4]))
+    assert last.share == 0.5, "the largest"

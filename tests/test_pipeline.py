@@ -461,7 +461,7 @@ def test_what_is_refused():
             (lambda: swap.store(device, range(8), "stream"), TypeError, "CuPy or torch stream"),
             (lambda: swap.drop([99]), ValueError, "0 to 11"),
             (lambda: make_pipeline(num_slots=0), ValueError, "num_slots"),
-            (lambda: make_pipeline(margin=0.9), ValueError, "margin"),
+            (lambda: make_pipeline(quantile=1.1), ValueError, "quantile"),
             (lambda: make_pipeline(transport="best"), ValueError, "transport"),
             (lambda: make_pipeline(ring_bytes=1000), ValueError, "ring_bytes: expected 8 x 4096"),
             (lambda: make_pipeline(arena_bytes=1000), ValueError, "at least one page"),

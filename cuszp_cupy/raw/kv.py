@@ -51,19 +51,26 @@ def encode(
             before the first launch. A payload then lies 16 x its row's place (word 3) after its region's address.
             A region needs room for its pages raw, each rounded up to 16 bytes.
     """
-    assert num_pages > 0 and rows_ptr % 16 == 0 and len(bounds) == len(geometry.part_values)
-    fast = aligned and _threads(geometry)[1] and not any(w % 4 for w in _widths(geometry))
-    parts = [_part(bound, n) for bound, n in zip(bounds, geometry.part_values, strict=True)]
-    kind, step, factor = zip(*(parts * 2)[:2], strict=True)
-    raw = coding == "raw" or any(k == 0 and s < LOWEST_STEP[dtype] for k, s, _ in parts)
+    assert num_pages > 0 and rows_ptr % 16 == 0
+    fast, code, bound_arguments = _encoding(dtype, geometry, bounds, coding, aligned)
     _launch(
         "kv_encode", dtype, fast, geometry, num_pages, blocks, "Q" * 18 + "qqdqqd",
         (
-            pages_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr, num_pages,
-            CODINGS.index("raw" if raw else coding), *_geometry_arguments(geometry),
-            kind[0], step[0], factor[0], kind[1], step[1], factor[1],
+            pages_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr, num_pages, code,
+            *_geometry_arguments(geometry), *bound_arguments,
         ),
     )  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def _encoding(dtype, geometry, bounds, coding, aligned) -> tuple[bool, int, tuple]:
+    """(whether the fast kernel will do, number of the coding, (kind, step, factor) of two parts)."""
+    assert len(bounds) == len(geometry.part_values)
+    fast = aligned and _threads(geometry)[1] and not any(w % 4 for w in _widths(geometry))
+    parts = [_part(bound, n) for bound, n in zip(bounds, geometry.part_values, strict=True)]
+    raw = coding == "raw" or any(k == 0 and s < LOWEST_STEP[dtype] for k, s, _ in parts)
+    first, second = (parts * 2)[:2]
+    return fast, CODINGS.index("raw" if raw else coding), (*first, *second)
 
 
 def decode(
@@ -135,7 +142,6 @@ def _geometry_arguments(geometry: Geometry) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers)
 
 
-@functools.lru_cache(1024)
 def _part(bound: Bound, n: int) -> tuple[int, int, float]:
     """(kind, step number, factor) of 2.7 for the kernel."""
     kind = _KINDS[bound.kind]
