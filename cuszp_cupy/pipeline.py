@@ -82,7 +82,7 @@ class SwapPipeline:
         timing: measure stages too, for ``overlap``; costs some microseconds a tile.
         engine: ``kernels`` (ours), or ``library``, a baseline: the user's libcuSZp, page by page, synchronously;
             its bound is that before rounding to ``dtype`` (see ``library_swap.py``). It has an arena, the default
-            ``coding``, ``transport`` and ``timing``, and no use for ring, blocks and margin.
+            ``coding``, ``transport`` and ``timing``, and no use for what concerns ring and kernels.
 
     Belongs to the device current when it is made. Any number of threads may use it; their calls take turns.
 
