@@ -54,6 +54,7 @@ _STACK_BYTES = 4352  # a thread of upstream's compress kernels, from cuobjdump -
 #: As a payload size it marks a rate byte that no encoder writes: more than all payloads of the largest legal
 #: stream (2^26 blocks of 132 bytes), and 2^26 of it still fit int64.
 _ILLEGAL = 2**34
+_FEW_RATES = 64 << 10  # rate bytes up to this many are summed on the host: a copy costs less than several kernels
 
 
 class LibraryError(RuntimeError):
@@ -271,14 +272,17 @@ def stream_bytes(rates, n: int, mode: str) -> int:
     """
     if rates.size < rate_bytes(n):
         raise FormatError(f"stream: the rate area of {n} values has {rate_bytes(n)} bytes, got {rates.size}")
-    payload_bytes = _payload_bytes(check_mode(mode))
+    payload_bytes, rates = _payload_bytes(check_mode(mode)), rates[: rate_bytes(n)]
     if not isinstance(rates, np.ndarray):
-        import cupy
+        if rates.size <= _FEW_RATES:
+            rates = rates.get()
+        else:
+            import cupy
 
-        payload_bytes = cupy.asarray(payload_bytes)
-    sizes = payload_bytes[rates[: rate_bytes(n)]]
+            payload_bytes = cupy.asarray(payload_bytes)
+    sizes = payload_bytes[rates]
     num_blocks = -(-n // BLOCK)
-    sizes[num_blocks:] = (rates[num_blocks : rate_bytes(n)] != 0) * _ILLEGAL  # 0 after the last block
+    sizes[num_blocks:] = (rates[num_blocks:] != 0) * _ILLEGAL  # 0 after the last block
     total = int(sizes.sum())
     if total >= _ILLEGAL:
         raise FormatError(f"stream: its rate area holds a byte that is not valid in mode {mode!r}")
