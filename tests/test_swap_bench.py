@@ -7,7 +7,8 @@ import pytest
 
 import bench
 from cuszp_cupy import Geometry, reference
-from cuszp_cupy.evaluation import data, machine, report, soak, swap, timing
+from cuszp_cupy.evaluation import data, machine, report, soak, speed, swap, timing
+from cuszp_cupy.raw import library
 
 
 # --- pages ------------------------------------------------------------------------------------------------
@@ -116,6 +117,22 @@ def test_slots_of_a_soak_are_distinct():
             assert (
                 len(np.unique(slots)) == len(slots) >= num and 0 <= slots.min() and slots.max() < soak.NUM_SLOTS
             )
+
+
+# --- libcuSZp ---------------------------------------------------------------------------------------------
+def test_missing_library_is_noted_once_with_what_to_do(monkeypatch):
+    monkeypatch.setenv("CUSZP_LIBRARY", "/nowhere/libcuSZp.so")
+    notes = []
+    assert not speed.find_library(notes) and not speed.find_library(notes)
+    (note,) = notes
+    assert note.startswith("libcuSZp is left out: ") and "set CUSZP_LIBRARY=/path/to/libcuSZp.so" in note
+
+
+def test_library_is_noted_with_version_and_path(monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: library.Library("/some/libcuSZp.so", "3.0.0", None))
+    notes = ["another"]
+    assert speed.find_library(notes) and speed.find_library(notes)
+    assert notes == ["another", "libcuSZp 3.0.0: /some/libcuSZp.so"]
 
 
 # --- what is shown ----------------------------------------------------------------------------------------
@@ -234,6 +251,13 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, capsys):
             assert staged["ratio"] > 2 and 0 < staged["share"] < 1.1 and staged["overlap"] > 0
             assert staged["link_gbps"] < 1.1 * by["arena", way, swap.LARGE]["gbps"]
     assert by["arena", "D2H", "staged"]["host_bytes"] < swap.BATCH_BYTES / 2
+    if speed.find_library([]):
+        for way in ("D2H", "H2D"):
+            baseline = by["arena", way, "libcuSZp"]
+            assert baseline["used"] == "library" and baseline["ratio"] > 1.5
+            assert 0 < baseline["gbps"] < by["arena", way, "staged"]["gbps"]
+    else:
+        assert any("libcuSZp is left out" in note for note in result["notes"])
     assert {row["swap"] for row in result["tax"]} == {None, "raw DMA", "raw copy kernel", "staged", "fused"}
     assert len(result["ablation"]) == 4 and len(result["descriptors"]) == 2
     assert {stage["stage"] for stage in result["timeline"]} == {"encode", "copy", "decode"}

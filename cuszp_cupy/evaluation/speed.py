@@ -326,12 +326,7 @@ def _call_samplers(x, eb: float, mode: str, stream, notes: list[str]) -> dict:
         (f"cuszp {mode} (call)", "compress"): timing.wall(lambda: compress(x, bound, mode).nbytes),
         (f"cuszp {mode} (call)", "decompress"): timing.wall(ours.decompress),
     }
-    try:
-        library.load()
-    except library.LibraryError as error:
-        note = f"libcuSZp is left out: {error}"
-        if note not in notes:
-            notes.append(note)
+    if not find_library(notes):
         return samplers
     out, nbytes = library.compress_array(x, eb, mode)
     if nbytes != len(stream) or not bool((out[:nbytes] == stream).all()):
@@ -347,6 +342,18 @@ def _call_samplers(x, eb: float, mode: str, stream, notes: list[str]) -> dict:
     samplers[f"libcuSZp {mode} (call)", "compress"] = timing.wall(library_compress)
     samplers[f"libcuSZp {mode} (call)", "decompress"] = timing.wall(library_decompress)
     return samplers
+
+
+def find_library(notes: list[str]) -> bool:
+    """Return whether libcuSZp is there; put a line in ``notes``: which one it is, or how to point to it."""
+    try:
+        found = library.load()
+        note = f"libcuSZp {found.version}: {found.path}"
+    except library.LibraryError as error:
+        found, note = None, f"libcuSZp is left out: {error}"
+    if note not in notes:
+        notes.append(note)
+    return found is not None
 
 
 def _address(array, i: int) -> int:

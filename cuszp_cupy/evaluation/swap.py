@@ -20,13 +20,14 @@ from ..format import Geometry
 from ..pipeline import HostRows, SwapPipeline
 from ..raw import copy as raw_copy
 from . import data, timing
-from .codec import PageSet
-from .speed import DEVICE_TO_HOST, HOST_TO_DEVICE
+from .codec import RMS_TOLERANCE, PageSet, check_within, page_error_over_eb
+from .speed import DEVICE_TO_HOST, HOST_TO_DEVICE, find_library
 
 BATCH_BYTES = 256 << 20
 NUM_BATCHES = 5  # of a run: the first one fills the pipeline, the others are timed
 DEPTH = 3  # batches in flight where a flow goes on until something else is done
 LOOP_PAGES = 4096  # of a batch copied with one call a page
+LIBRARY_PAGES = 32  # of a call through libcuSZp, which takes some ten milliseconds for them
 PAGE_KIB, QUICK_KIB = (4, 16, 64, 256, 2048), 64
 #: where slots lie -> bytes of a row of theirs; None: the pipeline's arena
 ROWS = {"arena": None, "rows 512 KiB": 512 << 10, "rows 2 MiB": 2 << 20, "scattered": 0}
@@ -66,12 +67,15 @@ def gpu_rows(quick: bool, bound: str, seconds: float, step=lambda text: None) ->
                 continue
             step(f"{pages.name}, {kind}: checking, then timing")
             case = Case(pages, kind, host, bound)
-            result["rows"] += case_rows(case, seconds)
+            rows = case_rows(case, seconds)
             if kib == QUICK_KIB and kind == "arena":
                 result["timeline"] = timeline(case)
                 step(f"{pages.name}: one direction only")
                 result["ablation"] = ablation_rows(case, seconds)
                 result["tax"] = tax.tax_rows(case, seconds, result["notes"], step)
+                step(f"{pages.name}: libcuSZp")  # last: it keeps device memory for good
+                rows += library_rows(case, seconds, result["notes"])
+            result["rows"] += sorted(rows, key=lambda row: list(DIRECTIONS).index(row["direction"]))
             case.swap.close()
             if case.swap.stats.failed_pages:
                 raise AssertionError(f"{pages.name}, {kind}: pages came back damaged:\n{case.swap.stats}")
@@ -351,7 +355,46 @@ def case_rows(case: Case, seconds: float) -> list[dict]:
             "mispredicted": sum(each.mispredicted for each in taken),
         }  # fmt: skip
         rows.append(dict.fromkeys(ROW) | values | facts[key])
-    return sorted(rows, key=lambda row: list(DIRECTIONS).index(row["direction"]))
+    return rows
+
+
+def library_rows(case: Case, seconds: float, notes: list[str]) -> list[dict]:
+    """Verify and time the baseline, ``engine="library"``; return a row each way, by the wall clock of calls.
+
+    Without libcuSZp: no rows, and a line in ``notes``.
+    """
+    import cupy
+
+    if not find_library(notes):
+        return []
+    notes.append(
+        f"libcuSZp in the swap table: blocking calls (wall clock) for {LIBRARY_PAGES} pages, one after the other "
+        "by way of float32; host MB: of these pages"
+    )
+    geometry, slots = case.pages.geometry, np.arange(LIBRARY_PAGES)
+    x, y, nbytes = case.x[:LIBRARY_PAGES], case.y[:LIBRARY_PAGES], LIBRARY_PAGES * geometry.nbytes
+    swap = SwapPipeline(geometry, "bfloat16", case.bound, num_slots=LIBRARY_PAGES, engine="library")
+    with swap:
+        y.view(cupy.uint16).fill(0x7FFF)  # NaN: a page that is not written shows
+        done = {"D2H": swap.store(x, slots), "H2D": swap.load(slots, y)}
+        done["H2D"].wait()
+        error = page_error_over_eb(x, y, case.bound, geometry.parts, cupy)
+        # rounding to bfloat16 comes on top, and at most doubles the error (library_swap.py)
+        check_within(error, f"{case.pages.name}, libcuSZp", 1 + RMS_TOLERANCE)
+        host_bytes = swap.memory()["arena_used_bytes"]
+        calls = {"D2H": lambda: swap.store(x, slots), "H2D": lambda: swap.load(slots, y)}
+        times = timing.interleaved({key: timing.wall(call) for key, call in calls.items()}, seconds)
+    rows = []
+    for direction, timed in times.items():
+        stats = done[direction].stats
+        values = {
+            "page_kib": geometry.nbytes >> 10, "slots": case.kind, "direction": direction,
+            "transport": "libcuSZp", "used": stats.transport, "gbps": nbytes / timed.ms / 1e6,
+            "spread_percent": timed.spread_percent, "link_gbps": stats.link_bytes / timed.ms / 1e6,
+            "ratio": stats.ratio, "host_bytes": host_bytes, "host_ms": timed.ms, "mispredicted": 0,
+        }  # fmt: skip
+        rows.append(dict.fromkeys(ROW) | values)
+    return rows
 
 
 def add_shares(rows: list[dict]) -> None:
