@@ -36,7 +36,7 @@ MODE = "fixed"
 GROUP_BYTES = 8 << 20  # pages widened at once; takes some ten times as much device memory
 METADATA_BYTES = 16  # of a page, counted as our kernels' are: place, size, eb
 _DEVICE_TO_DEVICE = 3  # cudaMemcpyKind
-_LARGEST = {"float16": 65504.0, "bfloat16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
+_LARGEST = {"float16": np.float32(65504), "bfloat16": np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 
 
 class LibrarySwap:
