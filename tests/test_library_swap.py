@@ -225,12 +225,17 @@ def test_full_arena_leaves_everything_as_it_was():
 
 
 def test_abandoned_store_gives_all_its_room_back():
-    table = Slots(4, 40)
-    for put in range(4):
-        table.reserve(np.arange(3))
-        for slot in range(min(put, 2)):
-            table.put(slot, 33, 0.5)
-        table.abandon(np.arange(3))
+    """After none, one and two of its three pages; with and without old content in the slots."""
+    for put, old in ((0, 0), (1, 0), (2, 0), (0, 3), (2, 3)):
+        table = Slots(4, 40)
+        for num in (old, put):
+            table.reserve(np.arange(3))
+            for slot in range(num):
+                table.put(slot, 33, 0.5)
+            if num == 3:
+                assert used(table) == 3 * 48
+                continue
+            table.abandon(np.arange(3))
         assert used(table) == 0 and not table.nbytes.any() and not table._room
 
 
@@ -321,6 +326,19 @@ def test_round_trip_equals_the_reference(real, dtype):
         assert total.load.link_bytes == sizes.sum() + sizes[some].sum()
         assert not (total.failed_calls or total.failed_pages or total.mispredicted)
         assert total.store.overlap is None
+
+
+@pytest.mark.gpu
+def test_finite_pages_that_do_not_shrink_are_raw(real):
+    """At this bound some noise takes more than its 4096 bytes, and some less."""
+    pages = make_pages()[:4]
+    expected, sizes = through_reference(pages, "abs:0.002")
+    num_raw = int((sizes == GEOMETRY.nbytes).sum())
+    assert 0 < num_raw < 4
+    with make_swap("abs:0.002") as swap:
+        assert swap.store(on_device(pages), np.arange(4)).stats.link_bytes == sizes.sum()
+        assert swap.stats.raw_pages == num_raw
+        assert_same_bits(loaded(swap, np.arange(4)), expected)
 
 
 @pytest.mark.gpu
