@@ -12,7 +12,7 @@ from ..format import CHUNK, MAX_VALUES, MODES, rate_bytes
 from . import CTYPES, launch
 
 #: Warps in a CTA. Large tiles need fewer look-backs, small ones occupy more of the GPU.
-SMALL_TILE, LARGE_TILE = 2, 8
+SMALL_TILE, LARGE_TILE = 4, 8
 #: Most values for which small tiles are used: 32 chunks give 512 of them, 4 for each SM of an H100.
 MAX_SMALL = 32 * CHUNK
 #: source -> the kernels in it that are launched: T, mode, warps.
