@@ -1,0 +1,675 @@
+"""A serving engine's KV pages by way of ``SwapPipeline``: which are compressed, where, what became of them.
+
+Knows vLLM's terms, but imports neither vLLM nor torch: ``vllm_patch`` brings their objects. Tensors are used by
+``shape``, ``stride()``, ``data_ptr()`` and, on the CPU, as NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from .bound import parse_parts
+from .format import Geometry, check_coding
+from .pipeline import BUFFERS, TILE_BYTES, TRANSPORTS, HostRows
+
+MOST_PIPELINES = 4  # each has streams and a ring of its own
+ATTENTION = ("FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec")
+NEVER, RAW, HELD = range(3)  # what a slot was last written by: nothing, vLLM's function, the pipeline
+#: why vLLM's function moves a descriptor; "" where the tensor is no run's
+REASONS = (
+    "", "no whole page", "uninstalled", "no device memory for arguments", "stored uncompressed", "never stored",
+)  # fmt: skip
+
+_log = logging.getLogger("vllm.cuszp_cupy")  # below "vllm", so that vLLM's handlers show it
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Settings:
+    """What the variables say, checked; see ``configure``."""
+
+    bound: str = "rms:0.05"
+    coding: str = "fixed"
+    transport: str = "staged"
+    layers: str = ""
+    verify: float = 0.0
+    ring_mb: int = 256
+    stats_dir: str = ""
+
+    @classmethod
+    def read(cls, environ=os.environ) -> Settings:
+        """Return the settings of the environment; raise ValueError, naming the variable, where one is wrong."""
+        values = {}
+        for name, variable in VARIABLES.items():
+            text = environ.get(variable, "").strip()
+            try:
+                if text:
+                    values[name] = _CHECKS.get(name, str)(text)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{variable}={text!r}: {error}") from None
+        return cls(**values)
+
+    def bound_of(self, names) -> tuple[str, str] | None:
+        """Return the (K, V) bounds of the layers ``names``, or None if they stay raw.
+
+        Raises:
+            ValueError: layers that share memory, with different bounds.
+        """
+        per_layer = _layers(self.layers)
+        found = {per_layer.get(_layer_number(name), self.bound) for name in names}
+        if len(found) > 1:
+            raise ValueError(f"layers {', '.join(names)} share memory and need one bound, got {sorted(found)}")
+        (bound,) = found
+        return None if bound == "raw" else _pair(bound)
+
+
+VARIABLES = {setting.name: f"CUSZP_{setting.name.upper()}" for setting in fields(Settings)}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """``rms:0.05`` or, K and V apart, ``rms:0.05/rms:0.1``: as (K, V)."""
+    parts = tuple(part.strip() for part in text.split("/"))
+    if len(parts) > 2:
+        raise ValueError("expected a bound, or two as K/V")
+    return tuple(str(bound) for bound in parse_parts(parts if len(parts) == 2 else parts[0], 2))
+
+
+def _layers(text: str) -> dict[int, str]:
+    """Return layer number -> bound or ``raw``.
+
+    >>> _layers("0-1,5=raw; 30=rms:0.02/rms:0.04")
+    {0: 'raw', 1: 'raw', 5: 'raw', 30: 'rms:0.02/rms:0.04'}
+    """
+    found = {}
+    for rule in filter(None, (rule.strip() for rule in text.split(";"))):
+        match = re.fullmatch(r"([\d,\s-]+)=(.+)", rule)
+        if not match:
+            raise ValueError(f"expected rules like '0-1,5=raw' or '30=rms:0.02', got {rule!r}")
+        if match[2].strip() != "raw":
+            _pair(match[2])
+        for piece in match[1].split(","):
+            first, _, last = piece.strip().partition("-")
+            if not first.isdigit() or not (last or first).isdigit():
+                raise ValueError(f"expected layer numbers like '3' or '0-7', got {piece.strip()!r}")
+            found.update(dict.fromkeys(range(int(first), int(last or first) + 1), match[2].strip()))
+    return found
+
+
+def _layer_number(name: str) -> int | None:
+    """The number in ``model.layers.12.self_attn.attn``."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else None
+
+
+def _checked(check):
+    def keep(text):
+        check(text)
+        return text
+
+    return keep
+
+
+def _check_transport(text: str) -> None:
+    if text not in TRANSPORTS:
+        raise ValueError(f"expected one of {', '.join(TRANSPORTS)}")
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError("expected a share of pages from 0 to 1")
+    return share
+
+
+def _megabytes(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError("expected at least 1")
+    return int(text)
+
+
+_CHECKS = {
+    "bound": _checked(_pair), "coding": _checked(check_coding), "transport": _checked(_check_transport),
+    "layers": _checked(_layers), "verify": _share, "ring_mb": _megabytes,
+}  # fmt: skip
+
+
+def configure(**settings) -> Settings:
+    """Set up what workers that start from now on do; return all settings. Sets the ``CUSZP_*`` variables.
+
+    Args:
+        bound: for every layer: text as in ``cuszp_cupy.Bound``, or a pair (K, V). ``CUSZP_BOUND``: ``K/V``.
+        coding: ``fixed`` or ``raw``.    transport: of ``SwapPipeline``.
+        layers: bounds of some layers, by number: ``{0: "raw", "1-3": "rms:0.02"}``, or the text
+            ``"0=raw;1-3=rms:0.02"``. Each stretch of neighbours that differs from the next takes a pipeline of
+            its own, four at most; what is beyond stays raw.
+        verify: keep a raw copy beside each page and check each loaded one against it; waits at each transfer
+            and takes as much memory as vLLM's CPU cache: for tests. True, or the share of pages that are also
+            compared with what the reference makes of them.
+        ring_mb: device memory of a worker for tiles, in MiB; outside vLLM's budget.
+        stats_dir: a folder where each worker writes its ``stats``, as ``cuszp-PID.json``, once a second.
+
+    Raises:
+        TypeError, ValueError: an unknown setting, or a wrong value; nothing is set then.
+    """
+    unknown = settings.keys() - VARIABLES.keys()
+    if unknown:
+        raise TypeError(f"configure: expected {', '.join(VARIABLES)}, got {', '.join(sorted(unknown))}")
+    texts = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = ";".join(f"{layers}={_text(bound)}" for layers, bound in value.items())
+        texts[VARIABLES[name]] = _text(value)
+    read = Settings.read({**os.environ, **texts})
+    os.environ.update(texts)
+    return read
+
+
+def _text(value) -> str:
+    if isinstance(value, (tuple, list)):
+        return "/".join(str(part) for part in value)
+    return str(float(value)) if isinstance(value, bool) else str(value)
+
+
+# --- which pages ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Kind:
+    """How a layer's pages are to be read."""
+
+    geometry: Geometry
+    dtype: str
+
+
+def layer_kinds(kv_cache_config, kv_caches) -> list[tuple[str, int, Kind | str]]:
+    """Return (layer, address of its first page, ``Kind`` or why its pages stay raw), for all KV layers."""
+    kinds = []
+    for group in kv_cache_config.kv_cache_groups:
+        per_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        for name in group.layer_names:
+            spec, view = per_layer.get(name, group.kv_cache_spec), kv_caches.get(name)
+            if isinstance(view, (list, tuple)):  # state tensors, which share a page
+                view = view[0] if view else None
+            if view is not None:
+                kinds.append((name, view.data_ptr(), page_kind(spec, view)))
+    return kinds
+
+
+def page_kind(spec, view) -> Kind | str:
+    """Return how to read the pages of a layer, or why they stay raw.
+
+    Args:
+        spec: the layer's ``kv_cache_spec``.
+        view: its KV tensor as vLLM's backends see it, ``[blocks, heads, tokens, K then V]`` in any order of
+            memory; a page may be several blocks of it.
+    """
+    if type(spec).__name__ not in ATTENTION:
+        return f"{type(spec).__name__}, no K and V of attention"
+    dtype = str(spec.dtype).removeprefix("torch.")
+    if dtype not in ("float16", "bfloat16") or str(view.dtype) != str(spec.dtype) or int(spec.kv_quant_mode):
+        return f"KV cache of {dtype}, quantised already"
+    packing = (getattr(spec, name, None) for name in ("num_head_slots", "state_content_bytes"))
+    if any(value is not None for value in packing) or getattr(spec, "tokens_per_state", 1) != 1:
+        return "pages packed by the attention backend"
+    heads, k_width = spec.num_kv_heads, spec.head_size
+    v_width = getattr(spec, "head_size_v", None) or k_width
+    width = k_width + v_width
+    shape, strides = tuple(view.shape), tuple(view.stride())
+    if len(shape) != 4 or (shape[1], shape[3]) != (heads, width) or spec.block_size % shape[2]:
+        return f"KV tensor of shape {shape}, not [blocks, {heads} heads, tokens, {width}]"
+    tokens = shape[2]
+    if strides != (tokens * heads * width, width, heads * width, 1) and strides != (
+        tokens * heads * width, tokens * width, width, 1,
+    ):  # fmt: skip
+        return f"KV tensor of strides {strides}, neither tokens nor heads outermost and dense"
+    tokens_first = strides[2] == heads * width
+    page_bytes = 2 * spec.block_size * heads * width
+    if spec.page_size_bytes != page_bytes:
+        return f"pages of {spec.page_size_bytes} bytes, {page_bytes} of them used"
+    if page_bytes % 16:
+        return f"pages of {page_bytes} bytes, no multiple of 16"
+    try:
+        if tokens_first:
+            geometry = Geometry(spec.block_size, heads * width, parts=(k_width, v_width))
+        else:
+            geometry = Geometry(tokens, width, heads * (spec.block_size // tokens), (k_width, v_width))
+    except ValueError as error:
+        return str(error)
+    return Kind(geometry, dtype)
+
+
+@dataclass
+class Tensor:
+    """A tensor of vLLM's offloading: a page a block on the GPU, ``width`` bytes a chunk on the CPU."""
+
+    names: list[str]
+    kind: Kind | str
+    bound: tuple[str, str] | None
+    gpu: int
+    gpu_bytes: int
+    page_bytes: int
+    cpu: int
+    stride: int
+    width: int
+    num_rows: int
+
+    def continues(self, last: Tensor) -> bool:
+        """Whether its part of a row follows that of ``last``, and its pages are of the same sort."""
+        same = "kind", "bound", "page_bytes", "stride", "width", "num_rows"
+        return self.cpu == last.cpu + last.width and all(getattr(self, n) == getattr(last, n) for n in same)
+
+
+def tensors_of(store_handler, kinds, settings: Settings) -> list[Tensor]:
+    """Describe the tensors of a worker; ``kinds`` as from ``layer_kinds``."""
+    tensors = []
+    for gpu, cpu in zip(store_handler.src_tensors, store_handler.dst_tensors, strict=True):
+        here = [(name, kind) for name, address, kind in kinds if address == gpu.data_ptr()]
+        names = [name for name, _ in here]
+        sorts = {kind for _, kind in here}
+        page_bytes, bound = int(gpu.shape[1]), None
+        kind = sorts.pop() if len(sorts) == 1 else "memory shared by layers of different sorts"
+        if not here:
+            kind = "memory of several layers, or of none"
+        elif isinstance(kind, Kind):
+            bound = settings.bound_of(names)
+            if bound is None:
+                kind = "raw by setting"
+            elif kind.geometry.nbytes != page_bytes:
+                kind = f"blocks of {page_bytes} bytes, pages of {kind.geometry.nbytes}"
+        tensors.append(
+            Tensor(
+                names,
+                kind,
+                bound,
+                gpu.data_ptr(),
+                gpu.shape[0] * page_bytes,
+                page_bytes,
+                cpu.data_ptr(),
+                cpu.stride(0),
+                int(cpu.shape[1]),
+                int(cpu.shape[0]),
+            )  # fmt: skip
+        )
+    return tensors
+
+
+class Run:
+    """Tensors side by side in vLLM's rows, pages of one sort and bound: the slots of one pipeline.
+
+    Slots count pages as they lie; a row of the pipeline is vLLM's, or, where that exceeds a tile of the ring, a
+    part of it.
+
+    Args:
+        ring_bytes: the pipeline's.
+
+    Raises:
+        ValueError: no page fits the ring.
+    """
+
+    def __init__(self, tensors: list[Tensor], ring_bytes: int):
+        first = tensors[0]
+        self.tensors, self.kind, self.bound = tensors, first.kind, first.bound
+        self.page_bytes, self.base, self.stride = first.page_bytes, first.cpu, first.stride
+        self.num_rows, self.row_pages = first.num_rows, len(tensors) * first.width // first.page_bytes
+        room = min(TILE_BYTES, ring_bytes // (2 * BUFFERS)) // self.page_bytes
+        parts = [n for n in range(1, min(self.row_pages, room) + 1) if self.row_pages % n == 0]
+        fit = [n for n in parts if n == self.row_pages or self.stride % (n * self.page_bytes) == 0]
+        if not fit:
+            raise ValueError(
+                f"rows of {self.row_pages} pages of {self.page_bytes} bytes, {self.stride} bytes apart, and "
+                f"tiles of {room} pages (an eighth of CUSZP_RING_MB, at most {TILE_BYTES >> 20} MiB)"
+            )
+        self.pages_per_row = max(fit)
+        self.whole_rows = self.pages_per_row == self.row_pages
+        row_bytes = self.pages_per_row * self.page_bytes
+        self.host = HostRows(self.base, self.stride if self.whole_rows else row_bytes, self.pages_per_row)
+        if self.whole_rows:
+            self.num_slots = self.num_rows * self.row_pages
+        else:
+            extent = (self.num_rows - 1) * self.stride + self.row_pages * self.page_bytes
+            self.num_slots = extent // self.page_bytes
+        self.state = np.full(self.num_slots, NEVER, np.uint8)
+        self.pipeline = None
+        self.verifier = None
+
+    def find(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
+        """Return (slots, which descriptors are whole pages of this run, which touch its slots at all)."""
+        offset = cpu - self.base
+        row, inside = np.divmod(offset, self.stride)
+        page, odd = np.divmod(inside, self.page_bytes)
+        touch = (row >= 0) & (row < self.num_rows) & (page < self.row_pages)
+        slots = row * self.row_pages + page if self.whole_rows else offset // self.page_bytes
+        return slots, touch & (odd == 0) & (sizes == self.page_bytes) & self._on_gpu(gpu, page), touch
+
+    def _on_gpu(self, gpu: np.ndarray, page: np.ndarray) -> np.ndarray:
+        """Whether addresses are pages of the very tensor that lies at ``page`` of a row."""
+        each = self.row_pages // len(self.tensors)
+        tensor = np.clip(page // each, 0, len(self.tensors) - 1)
+        offset = gpu - np.array([t.gpu for t in self.tensors])[tensor]
+        limit = np.array([t.gpu_bytes for t in self.tensors])[tensor]
+        return (offset >= 0) & (offset < limit) & (offset % self.page_bytes == 0)
+
+    def held(self, slots, whole, touch, why) -> np.ndarray:
+        """Return which descriptors of a load the pipeline has; note in ``why`` what became of the others."""
+        state = np.full(len(slots), NEVER, np.uint8)
+        state[touch] = self.state[slots[touch]]
+        if (touch & ~whole & (state == HELD)).any():
+            raise RuntimeError("vLLM loads a part of a page that is stored compressed")
+        why[touch & (state == RAW)] = REASONS.index("stored uncompressed")
+        why[touch & (state == NEVER)] = REASONS.index("never stored")
+        return whole & (state == HELD)
+
+    def overwrite(self, slots, whole) -> None:
+        """vLLM's function is about to write these slots: what shares a packed row with them is gone."""
+        rows = np.unique(slots // self.pages_per_row)
+        beside = (rows[:, None] * self.pages_per_row + np.arange(self.pages_per_row)).ravel()
+        held = beside[self.state[beside] == HELD]
+        if held.size:
+            self.pipeline.drop(held)  # those that are not written now stay HELD: loading one raises
+        self.state[slots[whole]] = RAW
+
+    def where(self, slot: int) -> str:
+        """Return the layer and chunk of a slot, for messages."""
+        row_bytes = self.host.stride
+        offset = slot // self.pages_per_row * row_bytes + slot % self.pages_per_row * self.page_bytes
+        row, inside = divmod(offset, self.stride)
+        return f"{', '.join(self.tensors[inside // self.tensors[0].width].names)}, chunk {row}"
+
+    def describe(self) -> str:
+        """Return what is compressed and how, for logs."""
+        geometry, (k, v) = self.kind.geometry, self.bound
+        order = "[heads][tokens][K|V]" if geometry.outer > 1 else "[tokens][heads][K|V]"
+        return (
+            f"{len(self.tensors)} KV tensors of {self.kind.dtype} pages of {self.page_bytes} bytes "
+            f"({geometry.outer} x {geometry.tokens} tokens x {geometry.channels} channels, {order}, "
+            f"{geometry.parts[0]}+{geometry.parts[1]}), {self.num_rows} chunks of {self.row_pages} pages, "
+            f"packed by {self.pages_per_row}; bound K {k}, V {v}"
+        )
+
+
+def plan(tensors: list[Tensor], ring_bytes: int) -> tuple[list[Run], Counter]:
+    """Return the runs to compress, in order of memory, and reason -> number of the tensors that stay raw."""
+    raw = Counter(tensor.kind for tensor in tensors if isinstance(tensor.kind, str))
+    stretches: list[list[Tensor]] = []
+    for tensor in sorted((t for t in tensors if isinstance(t.kind, Kind)), key=lambda t: t.cpu):
+        if stretches and tensor.continues(stretches[-1][-1]):
+            stretches[-1].append(tensor)
+        else:
+            stretches.append([tensor])
+    kept = sorted(stretches, key=len, reverse=True)[:MOST_PIPELINES]
+    beyond = sum(len(stretch) for stretch in stretches if stretch not in kept)
+    if beyond:
+        raw[f"beyond {MOST_PIPELINES} stretches of tensors side by side"] += beyond
+    runs = []
+    for stretch in sorted(kept, key=lambda stretch: stretch[0].cpu):
+        try:
+            runs.append(Run(stretch, ring_bytes // len(kept)))
+        except ValueError as error:
+            raw[str(error)] += len(stretch)
+    return runs, raw
+
+
+# --- transfers --------------------------------------------------------------------------------------------
+class Swap:
+    """What a handler calls in place of vLLM's function: the same arguments, the same guarantees.
+
+    All is enqueued on torch's current stream when it returns; the host does not wait.
+    """
+
+    def __init__(self, original, to_cpu: bool):
+        self.original, self.to_cpu, self.urgent = original, to_cpu, False
+        self.worker: Worker | None = None
+        self.reason = "KV caches not registered"
+
+    def __call__(self, src_ptrs, dst_ptrs, sizes, is_src_access_order_any=False) -> None:
+        if self.worker is None:
+            self.original(src_ptrs, dst_ptrs, sizes, is_src_access_order_any=is_src_access_order_any)
+        elif len(sizes):
+            self.worker.swap(self, src_ptrs, dst_ptrs, sizes, is_src_access_order_any)
+
+
+@dataclass
+class Worker:
+    """The pipelines of one vLLM worker, for both directions of its transfers.
+
+    Args:
+        runs: with their pipelines.    settings: in force.
+        current_stream: returns torch's.    device: context in which CuPy's device is the worker's.
+        only_fused: vLLM pinned the memory in pieces, so that no copy may go from row to row.
+        version: of vLLM.    storing: stores are compressed.    raw_tensors: from ``plan``.
+    """
+
+    runs: list[Run]
+    settings: Settings
+    current_stream: object
+    device: object = contextlib.nullcontext
+    only_fused: bool = False
+    version: str = ""
+    storing: bool = True
+    raw_tensors: Counter = field(default_factory=Counter)
+    passed: dict[str, list[int]] = field(default_factory=dict)  # reason -> descriptors, bytes
+    swaps: list[Swap] = field(default_factory=list)
+    _loads: list = field(default_factory=list)
+    _reported: float = 0.0
+
+    def swap(self, swap: Swap, src, dst, sizes, any_order: bool) -> None:
+        """Enqueue one call of vLLM: whole pages to the pipelines, the others to vLLM's function."""
+        src_ptrs, dst_ptrs, nbytes = (np.asarray(array) for array in (src, dst, sizes))
+        gpu, cpu = (src_ptrs, dst_ptrs) if swap.to_cpu else (dst_ptrs, src_ptrs)
+        stream, transfers = self.current_stream(), []
+        rest, why = np.ones(len(cpu), bool), np.zeros(len(cpu), np.uint8)
+        with self.device():
+            for run in self.runs:
+                slots, whole, touch = run.find(cpu, gpu, nbytes)
+                mine = (
+                    self._storable(run, whole, touch, why) if swap.to_cpu else run.held(slots, whole, touch, why)
+                )
+                index = np.flatnonzero(mine)
+                if index.size:
+                    some, pages = slots[index], gpu[index].astype(np.uint64)  # copies: vLLM reuses its arrays
+                    try:
+                        transfers.append((run, self._start(swap, run, some, pages, stream), some, pages))
+                        rest[index] = False
+                    except MemoryError:  # for arguments on the device; vLLM's function needs none
+                        if not swap.to_cpu:
+                            raise
+                        why[index] = REASONS.index("no device memory for arguments")
+                if swap.to_cpu and (touch & rest).any():
+                    run.overwrite(slots[touch & rest], whole[touch & rest])
+            if rest.any():
+                self._pass(swap, src, dst, sizes, any_order, nbytes, rest, why)
+            for _, transfer, _, _ in transfers:
+                transfer.wait_on(stream)
+            for run, _, slots, pages in transfers:
+                if run.verifier:
+                    stream.synchronize()
+                    (run.verifier.keep if swap.to_cpu else run.verifier.check)(slots, pages)
+
+    def _storable(self, run: Run, whole, touch, why) -> np.ndarray:
+        """Return which descriptors of a store the pipeline takes; note in ``why`` what keeps the others."""
+        why[touch & ~whole] = REASONS.index("no whole page")
+        if self.storing:
+            return whole
+        why[whole] = REASONS.index("uninstalled")
+        return np.zeros_like(whole)
+
+    def _start(self, swap: Swap, run: Run, slots, pages, stream):
+        transport = "fused" if self.only_fused else None
+        if swap.to_cpu:
+            transfer = run.pipeline.store(pages, slots, stream, transport=transport, join=False)
+            run.state[slots] = HELD
+            return transfer
+        if swap.urgent and self.settings.transport in ("auto", "staged"):
+            transport = "fused"  # has streams of its own, behind no bulk of loads
+        transfer = run.pipeline.load(slots, pages, stream, transport=transport, join=False)
+        self._loads.append((run, transfer))
+        return transfer
+
+    def _pass(self, swap: Swap, src, dst, sizes, any_order, nbytes, rest, why) -> None:
+        """Hand what the pipelines do not take to vLLM's function, and count it."""
+        for code in np.unique(why[rest]):
+            some = rest & (why == code)
+            count = self.passed.setdefault(REASONS[code] or self._other_reason(), [0, 0])
+            count[0] += int(some.sum())
+            count[1] += int(nbytes[some].sum())
+        if not rest.all():
+            index = np.flatnonzero(rest)
+            src, dst, sizes = src[index], dst[index], sizes[index]
+        swap.original(src, dst, sizes, is_src_access_order_any=any_order)
+
+    def _other_reason(self) -> str:
+        return "; ".join(self.raw_tensors) or "no page of a registered KV tensor"
+
+    def check(self) -> None:
+        """Raise RuntimeError if a load that has finished brought damaged pages."""
+        damaged, left = [], []
+        for run, transfer in self._loads:
+            if not transfer.query():
+                left.append((run, transfer))
+            damaged += [f"{run.where(slot)}: {why}" for slot, why in transfer.failed.items()]
+        self._loads = left
+        if damaged:
+            listed = "; ".join(damaged[:8]) + ("; ..." if len(damaged) > 8 else "")
+            raise RuntimeError(
+                f"{len(damaged)} KV pages came back damaged from CPU memory ({listed}). They must not be used, "
+                "and vLLM's offloading can neither recompute them nor forget them: the engine stops. Restart "
+                "it, and have the memory checked."
+            )
+
+    def report(self) -> None:
+        """Write ``stats`` to the folder of the settings, once a second at most."""
+        if self.settings.stats_dir and time.monotonic() - self._reported > 1:
+            self._reported = time.monotonic()
+            path = Path(self.settings.stats_dir) / f"cuszp-{os.getpid()}.json"
+            path.with_suffix(".new").write_text(json.dumps(self.stats()), encoding="utf-8")
+            path.with_suffix(".new").replace(path)  # whole, whenever it is read
+
+    def stats(self) -> dict:
+        """Return what it has done; see ``vllm_patch.stats``."""
+        names = "calls", "pages", "raw_bytes", "payload_bytes", "link_bytes", "elapsed_ms", "ratio", "gbps"
+        pipelines = []
+        for run in self.runs:
+            counters = run.pipeline.stats
+            both = {
+                way: {name: getattr(getattr(counters, way), name) for name in names} for way in ("store", "load")
+            }
+            pages = {name: getattr(counters, name) for name in ("raw_pages", "failed_pages", "mispredicted")}
+            checked = {"verified": run.verifier.counts()} if run.verifier else {}
+            pipelines.append({"layers": run.describe(), **both, **pages, **checked})
+        passed = {reason: {"descriptors": n, "bytes": size} for reason, (n, size) in self.passed.items()}
+        return {
+            "pid": os.getpid(), "vllm": self.version, "settings": vars(self.settings), "pipelines": pipelines,
+            "passed_through": passed,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Wait for all transfers, say what was done, and give the memory back."""
+        for run in self.runs:
+            run.pipeline.synchronize()
+        self._reported = 0.0
+        self.report()
+        for run in self.runs:
+            counters = run.pipeline.stats
+            _log.info("cuszp_cupy store: %s; load: %s", counters.store, counters.load)
+        _log.info("cuszp_cupy passed through: %s", self.stats()["passed_through"] or "nothing")
+        for run in self.runs:
+            run.pipeline.close()
+        for swap in self.swaps:
+            swap.worker = None
+
+
+class Verifier:
+    """A raw copy beside each stored page, and checks of each loaded one. Waits: for tests.
+
+    Args:
+        run: whose pages.    share: of the loaded pages that are compared with the reference too.
+        fetch: fetch(addresses, out) copies pages from the device to rows of ``out``.
+    """
+
+    def __init__(self, run: Run, coding: str, share: float, fetch):
+        self.run, self.coding, self.share, self.fetch = run, coding, share, fetch
+        self.stored = np.empty((run.num_slots, run.page_bytes // 2), np.uint16)  # touched as pages come
+        self.checked = self.compared = self.kept = 0
+        self.worst = 0.0
+
+    def keep(self, slots, pages) -> None:
+        """Copy pages that were stored."""
+        for at in range(0, len(slots), 256):
+            out = np.empty((len(slots[at : at + 256]), self.stored.shape[1]), np.uint16)
+            self.fetch(pages[at : at + 256], out)
+            self.stored[slots[at : at + 256]] = out
+        self.kept += len(slots)
+
+    def check(self, slots, pages) -> None:
+        """Raise AssertionError if a loaded page is not what it must be."""
+        for at in range(0, len(slots), 256):
+            some = slots[at : at + 256]
+            loaded = np.empty((len(some), self.stored.shape[1]), np.uint16)
+            self.fetch(pages[at : at + 256], loaded)
+            self._check(some, self.stored[some], loaded)
+
+    def _check(self, slots, stored, loaded) -> None:
+        from cuszp_cupy import reference
+        from cuszp_cupy.evaluation.codec import RMS_TOLERANCE
+        from cuszp_cupy.evaluation.data import DTYPES
+
+        kind = self.run.kind
+        over = (
+            error_over_eb(stored, loaded, kind, self.run.bound) if self.coding != "raw" else np.zeros(len(slots))
+        )
+        self.worst = max(self.worst, float(over.max()))
+        for i in np.flatnonzero(~(over <= 1 + RMS_TOLERANCE)):
+            raise AssertionError(f"{self.run.where(int(slots[i]))}: error / bound is {over[i]:.6g}")
+        self.checked += len(slots)
+        before = self.compared
+        self.compared = int(self.checked * self.share)
+        for i in range(min(self.compared - before, len(slots))):
+            page = stored[i].view(DTYPES[kind.dtype])
+            blob = reference.encode_page(page, self.run.bound, self.coding, geometry=kind.geometry)
+            if not np.array_equal(reference.decode_page(blob).view(np.uint16).ravel(), loaded[i]):
+                raise AssertionError(f"{self.run.where(int(slots[i]))}: not what the reference decodes")
+
+    def counts(self) -> dict:
+        return {
+            "kept": self.kept, "checked": self.checked, "compared_with_reference": self.compared,
+            "largest_error_over_bound": self.worst,
+        }  # fmt: skip
+
+
+def error_over_eb(stored: np.ndarray, loaded: np.ndarray, kind: Kind, bound) -> np.ndarray:
+    """Return the largest |x - y| / eb of each page (bits, a row a page); infinite where NaN or Inf changed."""
+    from cuszp_cupy.evaluation.data import DTYPES
+
+    worst = np.zeros(len(stored))
+    k_width, v_width = kind.geometry.parts
+    turns = (a.reshape(len(a), -1, k_width + v_width) for a in (stored, loaded))
+    stored, loaded = turns
+    for part, one in zip((np.s_[..., :k_width], np.s_[..., k_width:]), parse_parts(bound, 2), strict=True):
+        bits = (np.ascontiguousarray(a[part]).reshape(len(a), -1) for a in (stored, loaded))
+        x_bits, y_bits = bits
+        with np.errstate(invalid="ignore"):  # signalling NaNs are data
+            x, y = (a.view(DTYPES[kind.dtype]).astype(np.float64) for a in (x_bits, y_bits))
+            finite = np.isfinite(x)
+            error = np.abs(np.where(finite, x, 0) - np.where(finite, y, 0)).max(axis=1)
+        values = np.where(finite, x, np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            empty = ~finite.any(axis=1)
+            values[empty] = 0
+            if one.kind == "abs":
+                eb = np.full(len(x), one.value)
+            elif one.kind == "rel":
+                eb = one.value * (np.nanmax(values, axis=1) - np.nanmin(values, axis=1))
+            else:
+                eb = one.value * np.sqrt(np.nanmean(values**2, axis=1))
+            over = np.where(error == 0, 0, error / eb)
+        over[((x_bits != y_bits) & ~finite).any(axis=1) | np.isnan(over)] = np.inf
+        worst = np.maximum(worst, over)
+    return worst

@@ -1,0 +1,468 @@
+"""Which of a serving engine's pages are compressed and where they lie; a fake pipeline stands for the GPU's."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from fake_pipeline import POISON, FakePipeline
+
+from cuszp_cupy import offload
+from cuszp_cupy.format import Geometry
+from cuszp_cupy.offload import HELD, NEVER, RAW, Kind, Settings, Swap, Tensor, Verifier, Worker, plan
+
+KIND = Kind(Geometry(16, 2 * 64, parts=(32, 32)), "bfloat16")  # 2 heads of 32: pages of 4 KiB
+PAGE = KIND.geometry.nbytes
+BOUND = ("rms:0.05", "rms:0.05")
+
+
+class Stream:
+    def synchronize(self): ...
+
+
+class Server:
+    """GPU and CPU memory of ``layers`` tensors in rows, as vLLM has them, and one call of its copy function.
+
+    Args:
+        blocks_per_chunk: pages of a tensor in a row.    before, after: bytes of others in each row.
+        kinds: one a layer.
+    """
+
+    def __init__(
+        self, layers=4, blocks=40, chunks=6, blocks_per_chunk=2, before=0, after=0, kinds=None, ring=1 << 20
+    ):
+        self.width, self.blocks_per_chunk = PAGE * blocks_per_chunk, blocks_per_chunk
+        self.stride = before + layers * self.width + after
+        self.gpu = np.random.default_rng(0).integers(0, 256, (layers, blocks, PAGE), np.uint8)
+        self.cpu = np.zeros(chunks * self.stride + 16, np.uint8)
+        self.cpu_ptr = -(-self.cpu.ctypes.data // 16) * 16 + before
+        self.tensors = [
+            Tensor(
+                [f"model.layers.{i}.attn"], (kinds or {}).get(i, KIND), BOUND, self.gpu[i].ctypes.data,
+                blocks * PAGE, PAGE, self.cpu_ptr + i * self.width, self.stride, self.width, chunks,
+            )
+            for i in range(layers)
+        ]  # fmt: skip
+        self.runs, self.raw = plan(self.tensors, ring)
+        for run in self.runs:
+            run.pipeline = FakePipeline(
+                run.kind.geometry, run.kind.dtype, run.bound, num_slots=run.num_slots, transport="staged",
+                host=run.host, ring_bytes=ring,
+            )  # fmt: skip
+        self.stream, self.by_vllm = Stream(), []
+        self.worker = Worker(self.runs, Settings(), lambda: self.stream, raw_tensors=self.raw)
+        self.store, self.load = (Swap(self._copy, to_cpu) for to_cpu in (True, False))
+        self.store.worker = self.load.worker = self.worker
+
+    def _copy(self, src, dst, sizes, is_src_access_order_any=False):
+        self.by_vllm.append((src.copy(), dst.copy(), sizes.copy(), is_src_access_order_any))
+        for to, by, size in zip(dst, src, sizes, strict=True):
+            import ctypes
+
+            ctypes.memmove(int(to), int(by), int(size))
+
+    def pages(self, layers, blocks, chunk_pages):
+        """Return (GPU addresses, CPU addresses, sizes) as vLLM lists them: layer by layer."""
+        gpu, cpu = [], []
+        for i in layers:
+            for block, (chunk, j) in zip(blocks, chunk_pages, strict=True):
+                gpu.append(self.gpu[i, block].ctypes.data)
+                cpu.append(self.cpu_ptr + chunk * self.stride + i * self.width + j * PAGE)
+        return np.array(gpu), np.array(cpu), np.full(len(gpu), PAGE)
+
+    def chunks(self, chunks):
+        return [(chunk, j) for chunk in chunks for j in range(self.blocks_per_chunk)]
+
+
+def random_bits(server: Server) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, server.gpu.shape, np.uint8)
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+def test_configure_sets_the_variables_that_workers_read(monkeypatch):
+    for variable in offload.VARIABLES.values():
+        monkeypatch.setenv(variable, "")
+    assert Settings.read() == Settings()
+    read = offload.configure(
+        bound=("rms:0.02", "abs:1"), layers={0: "raw", "2-3": ("rms:1", "rms:2")}, verify=True
+    )
+    assert read == Settings.read() == Settings("rms:0.02/abs:1", layers="0=raw;2-3=rms:1/rms:2", verify=1.0)
+    assert read.bound_of(["model.layers.0.attn"]) is None
+    assert read.bound_of(["model.layers.3.attn"]) == ("rms:1.0", "rms:2.0")
+    assert read.bound_of(["model.layers.30.attn", "encoder"]) == ("rms:0.02", "abs:1.0")
+    with pytest.raises(ValueError, match="share memory and need one bound"):
+        read.bound_of(["model.layers.0.attn", "model.layers.1.attn"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bound": "rms"}, r"CUSZP_BOUND='rms': bound: expected text like"),
+        ({"bound": "rms:1/rms:2/rms:3"}, "or two as K/V"),
+        ({"coding": "zip"}, "CUSZP_CODING='zip'"),
+        ({"transport": "bus"}, "CUSZP_TRANSPORT='bus': expected one of auto, staged, fused, raw"),
+        ({"layers": "one=raw"}, "CUSZP_LAYERS='one=raw': expected rules like"),
+        ({"layers": "1-x=raw"}, "expected rules like"),
+        ({"layers": "-1=raw"}, "expected layer numbers"),
+        ({"layers": "1=rms:-2"}, "CUSZP_LAYERS"),
+        ({"verify": 2}, "CUSZP_VERIFY='2': expected a share"),
+        ({"ring_mb": 0}, "CUSZP_RING_MB='0': expected at least 1"),
+    ],
+)
+def test_configure_refuses_and_sets_nothing(monkeypatch, settings, message):
+    (name,) = settings
+    variable = offload.VARIABLES[name]
+    monkeypatch.setenv(variable, "")
+    with pytest.raises(ValueError, match=message):
+        offload.configure(**settings)
+    with pytest.raises(ValueError, match=message):
+        Settings.read({variable: str(settings[name])})
+    assert Settings.read() == Settings()
+    with pytest.raises(TypeError, match="configure: expected bound, .* got bond"):
+        offload.configure(bond="rms:1")
+
+
+# --- where pages lie --------------------------------------------------------------------------------------
+# One page a tensor in a row and several; rows of our tensors alone, and beside those of other workers.
+@pytest.mark.parametrize(
+    ("blocks_per_chunk", "before", "after"), [(1, 0, 0), (3, 0, 0), (2, PAGE, 3 * PAGE + 16)]
+)
+def test_pages_come_back_as_they_were_stored(blocks_per_chunk, before, after):
+    server = Server(blocks_per_chunk=blocks_per_chunk, before=before, after=after)
+    (run,) = server.runs
+    assert run.whole_rows and run.pages_per_row == 4 * blocks_per_chunk and run.num_slots == 6 * run.pages_per_row
+    places = server.chunks([3, 0, 5])
+    blocks = np.random.default_rng(0).permutation(40)[: len(places)]
+    gpu, cpu, sizes = server.pages(range(4), blocks, places)
+    server.store(gpu, cpu, sizes)
+    assert not server.by_vllm and (run.state == HELD).sum() == len(gpu)
+    before_load = server.gpu.copy()
+    server.gpu[:] = random_bits(server)
+    kept = server.gpu.copy()
+    kept[:, blocks] = before_load[:, blocks]
+    server.load(cpu, gpu, sizes, is_src_access_order_any=True)
+    np.testing.assert_array_equal(server.gpu, kept)
+    assert not server.by_vllm and [call[0] for call in run.pipeline.calls] == ["store", "load"]
+    used = np.zeros(server.stride, bool)  # nothing but our part of a row is written
+    used[: 4 * server.width] = True
+    offset = server.cpu_ptr - server.cpu.ctypes.data
+    for chunk in range(6):
+        row = server.cpu[offset + chunk * server.stride :][: server.stride]
+        expected = POISON if chunk in (3, 0, 5) else 0
+        assert (row[used[: row.size]] == expected).all() and (row[~used[: row.size]] == 0).all()
+
+
+def test_rows_beyond_a_tile_are_packed_in_parts():
+    """Rows of 12 pages, a tile of 4: parts of 4, 3 of them a row, slots as the pages lie."""
+    server = Server(layers=6, ring=8 * 4 * PAGE)
+    (run,) = server.runs
+    assert not run.whole_rows and run.pages_per_row == 4 and run.host.stride == 4 * PAGE
+    gpu, cpu, sizes = server.pages(range(6), [7, 9], server.chunks([2]))
+    server.store(gpu, cpu, sizes)
+    (_, slots, _, _) = run.pipeline.calls[0]
+    assert sorted(slots) == list(range(24, 36))
+    assert run.where(24) == "model.layers.0.attn, chunk 2" and run.where(35) == "model.layers.5.attn, chunk 2"
+    before_load = server.gpu.copy()
+    server.gpu[:] = 0
+    server.load(cpu, gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, [7, 9]], before_load[:, [7, 9]])
+    # beside other workers' pages, in rows that no number of pages divides, there is no such part
+    runs, raw = plan(Server(layers=6, after=PAGE // 2).tensors, 8 * 4 * PAGE)
+    ((reason, number),) = raw.items()
+    assert not runs and number == 6
+    assert reason.startswith("rows of 12 pages of 4096 bytes, 51200 bytes apart, and tiles of 4 pages (an eighth")
+
+
+def test_tensors_of_one_sort_side_by_side_share_a_pipeline():
+    other = Kind(Geometry(16, 128, parts=(64, 64)), "bfloat16")  # one head of 64
+    server = Server(layers=7, kinds={2: "raw by setting", 3: "raw by setting", 6: other})
+    assert [[t.names[0][13] for t in run.tensors] for run in server.runs] == [list("01"), list("45"), ["6"]]
+    assert server.raw == {"raw by setting": 2}
+    gpu, cpu, sizes = server.pages(range(7), [1, 2], server.chunks([4]))
+    server.store(gpu, cpu, sizes)
+    assert [len(run.pipeline.pages) for run in server.runs] == [4, 4, 2]
+    ((src, dst, moved, any_order),) = server.by_vllm
+    np.testing.assert_array_equal(src, gpu[4:8])
+    np.testing.assert_array_equal(dst, cpu[4:8])
+    assert (moved == PAGE).all() and not any_order
+    assert server.worker.passed == {"raw by setting": [4, 4 * PAGE]}
+    before_load = server.gpu.copy()
+    server.gpu[:] = 0
+    server.load(cpu, gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, [1, 2]], before_load[:, [1, 2]])
+    assert server.worker.passed == {"raw by setting": [8, 8 * PAGE]}
+
+
+def test_no_more_than_four_pipelines():
+    kinds = {i: Kind(KIND.geometry, "float16") for i in range(1, 12, 2)}
+    server = Server(layers=12, kinds=kinds)
+    assert len(server.runs) == 4 and server.raw == {"beyond 4 stretches of tensors side by side": 8}
+
+
+# --- what goes to vLLM's function -------------------------------------------------------------------------
+def test_a_call_without_pages_does_nothing():
+    server = Server()
+    empty = np.zeros(0, np.int64)
+    server.store(empty, empty, empty)
+    server.load(empty, empty, empty)
+    assert not server.by_vllm and not server.runs[0].pipeline.calls
+
+
+def test_what_is_no_whole_page_passes_untouched():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [3], [(1, 0)])
+    elsewhere = np.zeros(3 * PAGE, np.uint8)
+    sizes[0] = PAGE // 2  # a part
+    gpu[1] += 16  # from the middle of a page
+    cpu[2] += 32  # to the middle of one
+    cpu[3] = elsewhere.ctypes.data  # another's memory
+    gpu, cpu, sizes = gpu.copy(), cpu.copy(), sizes.copy()
+    server.store(gpu, cpu, sizes)
+    ((src, dst, moved, _),) = server.by_vllm
+    assert (src == gpu).all() and (dst == cpu).all() and (moved == sizes).all()
+    assert not server.runs[0].pipeline.calls and (server.runs[0].state == NEVER).all()
+    assert server.worker.passed == {
+        "no whole page": [3, PAGE // 2 + 2 * PAGE], "no page of a registered KV tensor": [1, PAGE],
+    }  # fmt: skip
+
+
+def test_pages_from_another_tensor_than_their_place_says_are_not_taken():
+    """The codec would be right about the bytes, but not about whose bound they get."""
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [3], [(1, 0)])
+    server.store(gpu[::-1].copy(), cpu, sizes)
+    assert server.worker.passed == {"no whole page": [4, 4 * PAGE]}
+
+
+def test_part_of_a_chunk_goes_to_its_homes_and_comes_back():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [3], [(1, 1)])  # the second half of chunk 1
+    server.store(gpu, cpu, sizes)
+    before_load = server.gpu.copy()
+    server.gpu[:] = 0
+    gpu, cpu, sizes = server.pages(range(4), [8, 3], [(1, 0), (1, 1)])
+    server.load(cpu, gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, 3], before_load[:, 3])
+    assert server.worker.passed == {"never stored": [4, 4 * PAGE]}  # vLLM asked for it, so it has it
+    np.testing.assert_array_equal(server.gpu[:, 8], 0)
+
+
+def test_a_slot_written_by_vllm_is_loaded_by_vllm():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    server.worker.storing = False  # as uninstall() leaves it
+    other_gpu, _, _ = server.pages(range(4), [5, 6], server.chunks([0]))
+    server.store(other_gpu, cpu, sizes)
+    (run,) = server.runs
+    assert not run.pipeline.pages and (run.state[:8] == RAW).all()
+    expected = server.gpu[:, [5, 6]].copy()
+    server.gpu[:] = 0
+    server.load(cpu, other_gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, [5, 6]], expected)
+    assert server.worker.passed == {"uninstalled": [8, 8 * PAGE], "stored uncompressed": [8, 8 * PAGE]}
+    server.worker.storing = True
+    server.store(gpu, cpu, sizes)
+    assert (run.state[:8] == HELD).all()
+
+
+def test_a_page_beside_one_that_vllm_wrote_is_not_served():
+    """They shared a packed row, whose bytes are overwritten."""
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    server.worker.storing = False
+    server.store(gpu[:1], cpu[:1], sizes[:1])
+    with pytest.raises(ValueError, match="nothing is stored in slot 1"):
+        server.load(cpu[:2], gpu[:2], sizes[:2])
+
+
+def test_part_of_a_compressed_page_is_never_loaded_as_bytes():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    with pytest.raises(RuntimeError, match="part of a page that is stored compressed"):
+        server.load(cpu[:1] + 64, gpu[:1], sizes[:1] - 64)
+    assert not server.by_vllm
+
+
+def test_a_store_without_device_memory_goes_to_vllm_and_a_load_does_not():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.runs[0].pipeline.no_memory = True
+    server.store(gpu, cpu, sizes)
+    assert server.worker.passed == {"no device memory for arguments": [8, 8 * PAGE]}
+    expected = server.gpu.copy()
+    server.gpu[:] = 0
+    server.load(cpu, gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, [1, 2]], expected[:, [1, 2]])
+
+
+def test_vllm_may_reuse_its_arrays_at_once():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    taken = []
+    pipeline = server.runs[0].pipeline
+    store = pipeline.store
+    pipeline.store = lambda pages, slots, *a, **k: taken.extend([pages, slots]) or store(pages, slots, *a, **k)
+    server.store(gpu, cpu, sizes)
+    assert not any(np.shares_memory(one, other) for one in taken for other in (gpu, cpu, sizes))
+
+
+# --- order and failure ------------------------------------------------------------------------------------
+def test_the_callers_stream_waits_for_all_of_it():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    made = []
+    pipeline = server.runs[0].pipeline
+    count = pipeline._count
+    pipeline._count = lambda *args: made.append(count(*args)) or made[-1]
+    server.store(gpu, cpu, sizes)
+    server.load(cpu, gpu, sizes)
+    assert [transfer.waited for transfer in made] == [[server.stream]] * 2
+    assert [call[3] for call in pipeline.calls] == [server.stream] * 2
+
+
+@pytest.mark.parametrize(
+    ("transport", "only_fused", "expected"),
+    [("staged", False, [None, None, "fused"]), ("raw", False, [None] * 3), ("staged", True, ["fused"] * 3)],
+)
+def test_urgent_loads_do_not_queue_behind_others(transport, only_fused, expected):
+    server = Server()
+    server.worker.settings, server.worker.only_fused = Settings(transport=transport), only_fused
+    urgent = Swap(server._copy, False)
+    urgent.worker, urgent.urgent = server.worker, True
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    server.load(cpu, gpu, sizes)
+    urgent(cpu, gpu, sizes)
+    assert [call[2] for call in server.runs[0].pipeline.calls] == expected
+
+
+def test_a_damaged_page_stops_everything_once_its_load_has_finished():
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([3]))
+    server.store(gpu, cpu, sizes)
+    server.load(cpu, gpu, sizes)
+    server.worker.check()
+    server.runs[0].pipeline.damaged[24 + 5] = "checksum differs"
+    server.load(cpu, gpu, sizes)
+    ((_, transfer),) = server.worker._loads
+    transfer.finished, found = False, transfer.failed
+    transfer.failed = {}
+    server.worker.check()  # nothing is known yet
+    transfer.finished, transfer.failed = True, found
+    with pytest.raises(
+        RuntimeError, match=r"1 KV pages .* \(model\.layers\.2\.attn, chunk 3: checksum differs\)"
+    ):
+        server.worker.check()
+
+
+def test_thirty_two_thousand_descriptors_cost_little_host_time():
+    """Llama-8B's shape: 16,000 tokens, 32 layers; what is measured is the split, not the pipeline."""
+    server = Server(layers=32, blocks=1, chunks=1000, blocks_per_chunk=1)
+    gpu, cpu, sizes = server.pages(range(32), [0] * 1000, server.chunks(range(1000)))
+    run, times = server.runs[0], []
+
+    class Nothing(FakePipeline):
+        def store(self, pages, slots, stream=None, **_):
+            return self._count("store", slots, pages)
+
+        load = lambda self, slots, pages, stream=None, **_: self._count("load", slots, pages)  # noqa: E731
+
+    run.pipeline.__class__ = Nothing
+    for swap, arguments in [(server.store, (gpu, cpu, sizes)), (server.load, (cpu, gpu, sizes))] * 3:
+        begin = time.perf_counter()
+        swap(*arguments)
+        times.append(time.perf_counter() - begin)
+    assert min(times[::2]) < 0.02 and min(times[1::2]) < 0.02, times
+    assert run.pipeline.stats.load.pages == 3 * 32_000 and not server.by_vllm
+
+
+# --- verify, counters -------------------------------------------------------------------------------------
+def verified_server(damage=lambda bits: None, coding="fixed", share=1.0) -> Server:
+    """A server with real values, NaN and Inf among them, whose pipeline codes; ``damage`` acts before checks."""
+    server = Server()
+    (run,) = server.runs
+    values = np.random.default_rng(2).standard_normal((*server.gpu.shape[:2], PAGE // 2)).astype(np.float32)
+    values[0, 1, 3], values[1, 2, :] = np.nan, np.inf
+    values[2, 1, :] = 0
+    server.gpu.view(np.uint16)[:] = (values.view(np.uint32) >> 16).astype(np.uint16)
+    run.pipeline.codec, run.pipeline.coding = True, coding
+
+    def fetch(addresses, out):
+        import ctypes
+
+        for address, row in zip(addresses, out, strict=True):
+            ctypes.memmove(row.ctypes.data, int(address), row.nbytes)
+        if run.verifier.kept:
+            damage(out)
+
+    run.verifier = Verifier(run, coding, share, fetch)
+    return server
+
+
+def swap_both_ways(server: Server) -> dict:
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    server.load(cpu, gpu, sizes)
+    return server.runs[0].verifier.counts()
+
+
+@pytest.mark.parametrize(("coding", "share", "compared"), [("fixed", 1.0, 8), ("fixed", 0.5, 4), ("raw", 1.0, 8)])
+def test_verify_checks_every_page(coding, share, compared):
+    counts = swap_both_ways(verified_server(coding=coding, share=share))
+    assert counts.pop("largest_error_over_bound") <= 1
+    assert counts == {"kept": 8, "checked": 8, "compared_with_reference": compared}
+
+
+def test_verify_finds_a_broken_bound_and_a_changed_bit():
+    def set_first(value):
+        def damage(bits):
+            bits[-1, 0] = value
+
+        return damage
+
+    with pytest.raises(AssertionError, match=r"layers\.3\.attn, chunk 0: error / bound is "):
+        swap_both_ways(verified_server(set_first(0x7F00)))
+    with pytest.raises(AssertionError, match="error / bound is inf"):
+        swap_both_ways(verified_server(set_first(0x7FC0)))  # a NaN where there was none
+
+    def flip(bits):
+        bits[-1, 0] ^= 1
+
+    with pytest.raises(AssertionError, match="not what the reference decodes"):
+        swap_both_ways(verified_server(flip))
+
+
+def test_error_over_eb_is_each_parts_own():
+    stored = np.zeros((2, 2048), np.float16)
+    kind = Kind(Geometry(16, 128, parts=(64, 64)), "float16")
+    turns = stored.reshape(2, -1, 128)
+    turns[:, :, :64], turns[:, :, 64:] = 1, 4
+    loaded = stored.copy()
+    loaded.reshape(2, -1, 128)[1, 3, 70] += 1
+    bits = stored.view(np.uint16), loaded.view(np.uint16)
+    assert offload.error_over_eb(*bits, kind, ("rms:0.5", "rms:0.5")).tolist() == [0, 0.5]
+    assert offload.error_over_eb(*bits, kind, ("rms:0.5", "abs:0.25")).tolist() == [0, 4]
+    assert offload.error_over_eb(*bits, kind, ("abs:9", "rel:1")).tolist() == [0, np.inf]  # a range of 0
+
+
+def test_stats_say_what_was_done(tmp_path):
+    import json
+
+    server = Server(kinds={3: "raw by setting"})
+    server.worker.settings, server.worker.version = Settings(stats_dir=str(tmp_path)), "0.33.0"
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    stats = server.worker.stats()
+    assert stats["pipelines"][0]["store"] == {
+        "calls": 1, "pages": 6, "raw_bytes": 6 * PAGE, "payload_bytes": 3 * PAGE, "link_bytes": 3 * PAGE,
+        "elapsed_ms": 1.0, "ratio": 2.0, "gbps": 6 * PAGE / 1e6,
+    }  # fmt: skip
+    assert stats["passed_through"] == {"raw by setting": {"descriptors": 2, "bytes": 2 * PAGE}}
+    server.worker.close()
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text()) == stats
+    assert all(run.pipeline.closed for run in server.runs)
