@@ -268,4 +268,4 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, capsys):
 def test_a_short_soak_finds_nothing():
     result = soak.soak(0.05, "rms:0.05")
     assert result["mismatches"] == result["damaged"] == 0
-    assert result["pages_loaded"] > 1000 and result["calls"]["evictions"] > 0
+    assert result["pages_loaded"] > 100 and result["calls"]["evictions"] > 0

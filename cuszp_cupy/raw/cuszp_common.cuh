@@ -96,7 +96,7 @@ __device__ __forceinline__ u32 take_tile(u64 *workspace) {
 // tiles. A barrier: shared memory written before it can be read, and read before it rewritten.
 template <int WARPS>
 __device__ __forceinline__ u32 scan_tile(u32 bytes, u64 *workspace, u32 tile, u32 &tile_bytes) {
-    __shared__ u32 warp_bytes[WARPS];
+    __shared__ __align__(16) u32 warp_bytes[WARPS];  // read 16 bytes at a time: with nothing else in them
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 sum = bytes;
 #pragma unroll
