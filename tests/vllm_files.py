@@ -1,7 +1,8 @@
 """vLLM's own Python files, and a torch made of NumPy to run its offloading on a machine without a GPU.
 
-``python tests/vllm_files.py`` fetches the files: of vLLM's wheel, from the index that pip is set up for, what its
-offloading needs (some 2 MB), into ``$CUSZP_VLLM_FILES`` or the user's cache; a second time it does nothing.
+``python tests/vllm_files.py`` fetches the files: it downloads vLLM's wheels (0.3 GB each) from the index that pip is
+set up for and keeps what the offloading needs (3 MB each) in ``$CUSZP_VLLM_FILES`` or the user's cache. Tests do
+the same where that variable is set; else they do without.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64")
 
 
 # --- the files ----------------------------------------------------------------------------------------------
-def fetch(version: str) -> Path:
+def fetch(version: str, download: bool | None = None) -> Path:
     """Return a folder with vLLM's package and its metadata; download them if they are not there yet.
 
     Raises:
-        OSError: pip cannot download the wheel.
+        FileNotFoundError: they are not there, and not to be downloaded.    OSError: they cannot be.
     """
-    cache = os.environ.get("CUSZP_VLLM_FILES") or Path.home() / ".cache" / "cuszp_cupy" / "vllm"
-    folder = Path(cache) / version
+    wanted = os.environ.get("CUSZP_VLLM_FILES")
+    folder = Path(wanted or Path.home() / ".cache" / "cuszp_cupy" / "vllm") / version
     if folder.exists():
         return folder
+    if not (wanted or download):
+        raise FileNotFoundError("vLLM's files are not here; python tests/vllm_files.py fetches them")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", work]
@@ -330,4 +333,4 @@ def anonymous(nbytes: int) -> np.ndarray:
 
 if __name__ == "__main__":
     for one in VERSIONS:
-        print(fetch(one))
+        print(fetch(one, download=True))
