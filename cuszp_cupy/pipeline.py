@@ -79,6 +79,8 @@ class SwapPipeline:
         fused_blocks: thread blocks of the fused kernels.    burst_blocks: of the staged ones (None: a page each).
         quantile: staged stores copy as much of each region (tile or row) as this part of them took of late; a
             kernel writes what is longer.
+        priority: of the streams, as in CuPy: 0 or, more urgent, negative. Kernels of a more urgent stream take
+            thread blocks' places as these end.
         timing: measure stages too, for ``overlap``; costs some microseconds a tile.
         engine: ``kernels`` (ours), or ``library``, a baseline: the user's libcuSZp, page by page, synchronously;
             its bound is that before rounding to ``dtype`` (see ``library_swap.py``). It has an arena, the default
@@ -106,6 +108,7 @@ class SwapPipeline:
         fused_blocks: int = 16,
         burst_blocks: int | None = None,
         quantile: float = 0.75,
+        priority: int = 0,
         timing: bool = False,
         engine: str = "kernels",
     ):
@@ -187,7 +190,7 @@ class SwapPipeline:
         self._ring = self._allocate(2 * BUFFERS * self._tile_bytes + self._slot_bytes)
         self._lanes = {}
         for i, name in enumerate(("store", "load", "fused store", "fused load")):
-            streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2 if i < 2 else 1)]
+            streams = [cupy.cuda.Stream(non_blocking=True, priority=priority) for _ in range(2 if i < 2 else 1)]
             addresses = [
                 self._ring.ptr + (BUFFERS * i + j) * self._tile_bytes for j in range(BUFFERS if i < 2 else 0)
             ]

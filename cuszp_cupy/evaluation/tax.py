@@ -15,6 +15,7 @@ WORK_MS = 40  # of work in a sample, about
 GEMM = 8192
 SKINNY = (16, 16384)  # batch, and the weights' two extents: several times the L2 cache
 COPY_BYTES = 512 << 20
+EQUAL = "staged, same priority"
 TOP_UP_EVERY = 4  # launches of work between two looks at the swap
 #: Moves words between device and mapped host memory: a swap without copy engines. Only for comparison.
 COPY_KERNEL = r"""
@@ -30,6 +31,8 @@ COPY_KERNEL_GRID = 32, 1024
 def tax_rows(case: swap.Case, seconds: float, notes: list[str], step=lambda text: None) -> list[dict]:
     """Time work on a high-priority stream, alone and beside each kind of swap, in turns.
 
+    Beside ``staged`` also on a stream of the swap's own priority, which then gets its share of the GPU.
+
     Args:
         case: in the arena.
         seconds: of timing, each kind of work.
@@ -42,23 +45,26 @@ def tax_rows(case: swap.Case, seconds: float, notes: list[str], step=lambda text
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True, priority=-5)  # the driver takes its highest
+    equal = cupy.cuda.Stream(non_blocking=True)
     flows = {(None, None): None}
     for direction, ways in list(swap.DIRECTIONS.items())[:2]:
         flows["raw DMA", direction] = case.copies(ways[0], swap.LARGE)
         flows["raw copy kernel", direction] = kernel_copies(case, ways[0])
-        for transport in ("staged", "fused"):
-            flows[transport, direction] = case.transfers(ways[0], transport)
+        for transport in ("staged", EQUAL, "fused"):
+            flows[transport, direction] = case.transfers(ways[0], "staged" if transport == EQUAL else transport)
     rows = []
-    for name, work in works(stream, notes).items():
+    for name, work in works(notes).items():
         step(f"the tax: {name}")
-        work()
-        stream.synchronize()
+        for each in (stream, equal):
+            work(each)
+            each.synchronize()
         count = max(2, math.ceil(WORK_MS / sample(case, work, 8, stream, None)[0]))
         logs = {key: [] for key in flows}
 
         def sampler(key, work=work, count=count, logs=logs):
             def once() -> float:
-                logs[key].append(sample(case, work, count, stream, flows[key]))
+                on = equal if key[0] == EQUAL else stream
+                logs[key].append(sample(case, work, count, on, flows[key]))
                 return logs[key][-1][0]
 
             return once
@@ -75,7 +81,7 @@ def tax_rows(case: swap.Case, seconds: float, notes: list[str], step=lambda text
 
 
 def sample(case: swap.Case, work, count: int, stream, start) -> tuple[float, float | None]:
-    """Run ``work`` ``count`` times beside a flow (``start`` None: alone); return (its ms, the flow's GB/s)."""
+    """Run ``work`` ``count`` times on ``stream`` beside a flow (``start`` None: alone); return (its ms, GB/s)."""
     import cupy
 
     case.swap.synchronize()
@@ -89,7 +95,7 @@ def sample(case: swap.Case, work, count: int, stream, start) -> tuple[float, flo
         feeder.top_up()
     begin.record(stream)
     for i in range(count):
-        work()
+        work(stream)
         if feeder and i % TOP_UP_EVERY == 0:
             feeder.top_up()
     end.record(stream)
@@ -122,8 +128,8 @@ def kernel_copies(case: swap.Case, direction: str):
     return start
 
 
-def works(stream, notes: list[str]) -> dict:
-    """Return name -> function that enqueues the work once on ``stream``."""
+def works(notes: list[str]) -> dict:
+    """Return name -> function that enqueues the work once on the stream it is given."""
     import cupy
 
     try:
@@ -137,16 +143,21 @@ def works(stream, notes: list[str]) -> dict:
             device = torch.device("cuda", cupy.cuda.Device().id)
             a, b = (torch.randn(shape, device=device).bfloat16() for shape in ((rows, inner), (columns, inner)))
             out, b, multiply = torch.empty(rows, columns, device=device, dtype=a.dtype), b.t(), torch.matmul
-            current = torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr, device=device))
+
+            def current(stream):
+                return torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr, device=device))
         else:
             a, b = (
                 cupy.random.standard_normal(shape, dtype=cupy.float32).astype(cupy.float16)
                 for shape in ((rows, inner), (inner, columns))
             )
-            out, multiply, current = cupy.empty((rows, columns), cupy.float16), cupy.matmul, stream
+            out, multiply = cupy.empty((rows, columns), cupy.float16), cupy.matmul
 
-        def work():
-            with current:
+            def current(stream):
+                return stream
+
+        def work(stream):
+            with current(stream):
                 multiply(a, b, out=out)
 
         return work
@@ -157,7 +168,7 @@ def works(stream, notes: list[str]) -> dict:
     x = cupy.zeros(COPY_BYTES, cupy.uint8)
     y = cupy.zeros(COPY_BYTES, cupy.uint8)
 
-    def copy():
+    def copy(stream):
         with stream:
             copy_bytes(y.data.ptr, x.data.ptr, COPY_BYTES)
 
