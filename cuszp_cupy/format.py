@@ -66,10 +66,12 @@ non-finite values and -0.0 come back bit for bit.
           5   outer : 16, 0 : 16
           6   payload bytes
           7   checksum
-    coding    0 raw, 1 fixed.  tables is 0.  In raw pages, and for a missing part 1, the step is 0.
+    coding    0 raw, 1 fixed, 2 entropy.  In raw pages, and for a missing part 1, the step is 0.
+    tables    of coding entropy: 0 the built-in tables (2.12), else the id of calibrated ones. Else 0.
 
 2.2 Checksum. The sum of w_i c_i mod 2^32 - 5 (a prime), over header words i = 0..6 and payload words
     i = 8, 9, ... (the last one padded with zero bytes), with c_i = ((i + 1) 0x9E3779B1 mod 2^26) | 1.
+    w_7 is the digest of the tables (0 for the built-in ones), so other tables of the same id are found out.
     A change within one word is seen, unless it is by 2^32 - 5 exactly, which takes more than one bit; others
     are with probability 1 - 2^-32.
 
@@ -99,7 +101,8 @@ non-finite values and -0.0 come back bit for bit.
     payload  | width codes, 4 bits a group, low nibble first, zero-padded to 16 bytes | words of group 0, 1, ... |
 
     A value with q = 0 comes back as -0.0 if its sign bit was stored, which is what -0.0 needs.
-    Coding ``raw``: the page's bytes. An encoder must use ``raw`` unless ``fixed`` is smaller.
+    Coding ``raw``: the page's bytes. An encoder must use ``raw`` unless ``fixed`` is smaller, and if asked for
+    ``entropy`` must use it where it is allowed (2.11) and smaller than either.
 
 2.6 Encoder arithmetic (float32, one rounding to nearest even for each q; results are the same in any
     precision that keeps the products exact)::
@@ -126,6 +129,63 @@ non-finite values and -0.0 come back bit for bit.
     (|.| <= 400) on whose grid each group of the part lies: every value of the group is a y(q) with
     q < 2^13, or the group would have width code 15. If none fits: s. Re-encoding a decoded page then
     changes nothing (rms:A with A < 0.5, rel:A with A < 0.25).
+
+2.9 Coding ``entropy``: what is coded. The q of 2.6 with their signs. In each group the 16 first values of the
+    pairs, and the 16 second values, are a sequence q_0 .. q_15 each (of tokens, unless flat), predicted by p::
+
+    a_0 = 0     a_1 = 10 q_0     a_(t+1) = a_t + floor(3 (16 q_t - a_t) / 8)     p_t = floor((a_t + 8) / 16)
+
+    The group's flag f is 1 if the sum of its |q - p| is less than that of its |q|. v = q - f p, e = bits(sum of
+    |v|) <= 19, and the class of the group is c = e. Two kinds of groups have f = 0 and another class:
+    signed zeros   a group that holds -0.0: c = 20 + e (e <= 18). A v = 0 has the sign of its value in it.
+    escaped        one that would have width code 15: c = 39; v is the value's storage bits, 15 and the sign.
+    The class is coded relative to o + base, where o is 0, and base is the mean of e - o over the n groups of the
+    part that are not escaped: floor((2 sum + n) / (2 n)), at least 0, at most 19; 0 if n = 0.
+    Calibrated tables may have *hints*: o and f for each pair of channels. Then f is given where it was chosen.
+
+2.10 Symbols. Each *lane* codes groups one after the other in one number x (range asymmetric numeral system).
+    A table is a list of frequencies F_s, 0 where s cannot occur, that add up to 1024; C_s is the sum of those
+    before s. There is one table of classes, s = (c - o - base + 19) mod 39, or 39 for c = 39; and one for each
+    e = 1 .. 7, and for all e >= 8. A decoder's steps::
+
+    read      slot = x mod 1024;  s such that C_s <= slot < C_s + F_s;  x = F_s floor(x / 1024) + slot - C_s
+    bits(n)   x mod 2^n;  x = floor(x / 2^n)
+    refill    if x < 2^15: x = 2^16 x + the next half-word (16 bits) of the stream
+
+    group     read c;  without hints f = bits(1);  refill;  then its values: pair 0, first and second, pair 1, ...
+    value     read s from the table of e;  u = s - 12 if s >= 16, else 0;  n = u + max(e - 7, 0)
+              r = bits(min(n, 4));  if n > 4: refill, r = r + 16 bits(n - 4)
+              |v| = (2^u if s >= 16, else s) 2^max(e - 7, 0) + r
+              if v != 0 or c >= 20, and the sign is not a *late* one: sign = bits(1), 1 if negative.  refill
+              Without a table nothing is read: s = 0. For e = 0, n = 0; for c = 39, n = 15 and |v| = r.
+
+    Late are the signs of the second values in the last group of a lane. The decoder finds them in what x is
+    left at: 2^16 + (sign of pair t) 2^t, 0 for no sign. That is what an encoder, which takes these steps
+    backwards, starts from; before a symbol it moves the low half-word of x to the stream if x would pass 2^31.
+
+2.11 Streams and payload. A *stream* codes g = 512 groups (the last one what is left) in L = min(32, ceil(g / 8))
+    lanes: lane l has groups l, L + l, 2 L + l, ... of it. All lanes take each step at the same time. At a
+    refill, those that need a half-word take the next ones in order of l. (That for n > 4 is for such lanes.) ::
+
+    payload   | base of part 0 : 8 | base of part 1 : 8 | half-words of stream 0, 1, ... : 16 each |
+              | stream 0 | stream 1 | ... |  zeros to a multiple of 4 bytes
+    stream    x of lane 0 .. L-1 as the decoder starts, 2 half-words each (low first) | half-words in order of use
+
+    The coding is allowed if no stream takes more than 32 g half-words (a raw page's size).
+    A decoder refuses, whatever the checksum: a base above 19, or of a missing part and not 0; a stream shorter
+    than 2 L or longer than 32 g half-words; streams that do not fill the payload; padding that is not zero;
+    x outside 2^15 .. 2^31 - 1 at the start; |q| >= 2^13; a stream that ends early or late; x outside
+    2^16 .. 2^17 - 1 at the end, or a sign there for v = 0 in a class below 20; tables that it was not given.
+
+2.12 Tables. The built-in ones are CLASS_FREQUENCIES and SYMBOL_FREQUENCIES below, for both parts, without hints.
+    Calibrated ones have frequencies for each part. Their digest is the CRC-32 of the frequencies (for each part:
+    of classes, then of e = 1 .. 8 with 19 symbols each; uint16) and of the hints (int8: o, f for each pair of
+    channels); their id is 1 + digest mod 255.
+    The built-in ones come from a formula: F_s is 1 or more, nearest to 1024 P; the largest takes what is missing
+    from the sum. Of classes, P ~ 2^(-2 |s - 19|), 0 for s = 39. Of e, |v| has the density
+    exp(-(|v| / a)^1.5), integrated over |v| - 1/2 .. |v| + 1/2, for e >= 8 over units of 2^(e - 7); P is the
+    mean of eight such, where |v| (for e >= 8: the middle of its unit) has the mean
+    2^(min(e, 7) - 6 + (j + 1/2) / 8), j = 0..7.
 """
 
 from __future__ import annotations
@@ -147,7 +207,8 @@ MAX_STREAM_BYTES = 2**32 - 1  # upstream's offsets are uint32
 MAGIC = b"kv"
 VERSION = 1
 DTYPES = ("float16", "bfloat16")  # index = dtype byte
-CODINGS = ("raw", "fixed")  # index = coding nibble
+CODINGS = ("raw", "fixed", "entropy")  # index = coding nibble
+KERNEL_CODINGS = ("raw", "fixed")  # those that the GPU kernels know
 HEADER_BYTES = 32
 ROW_WORDS = 4
 TILE_TOKENS = 16
@@ -156,12 +217,43 @@ STEP_LIMIT = 400
 LOWEST_STEP = {"float16": -88, "bfloat16": -STEP_LIMIT}  # of an encoder: below it, pages are raw (2.7)
 MAX_MAGNITUDE = 2**13  # a magnitude of this or more makes its group width code 15
 MAX_PAGE_VALUES = 2**26
-FIRST_PAYLOAD_INDEX = 8  # index of payload word 0 in the checksum
 CHECKSUM_PRIME = 2**32 - 5
 #: words a group of width code c takes
 CODE_WORDS = np.array([*range(15), 16], np.uint32)
 #: two_eb / 2^k from which on m is 5, 6, 7 (2.7)
 STEP_THRESHOLDS = tuple(f * (1 + 2.0**-16) for f in (1.25, 1.5, 1.75))
+
+# --- stream kv, coding entropy ----------------------------------------------------------------------------
+TABLE_BITS = 10  # frequencies add up to 2^10
+TABLE_TOTAL = 1 << TABLE_BITS
+LOWEST_STATE = 2**15  # of x; it stays below 2^31, where its exact division by F takes one 32-bit product
+CLASS_LIMIT = 19  # of e: bits(32 (2^14 - 1)), the sum of 32 differences of two |q| < 2^13
+SIGNED_ZEROS = 20  # what is added to e in groups with -0.0
+ESCAPED = 39  # class of groups that are stored as they are
+EXACT_CLASS = 7  # up to this e every |v| below 16 has its own symbol; above, low bits are coded as they are
+EXACT_SYMBOLS = 16
+NUM_TABLES = 8  # of e = 1..7, and 8 and above
+NUM_SYMBOLS = 19
+NUM_CLASS_SYMBOLS = 40
+STREAM_GROUPS = 512  # in a stream at most
+STREAM_LANES = 32  # at most
+GROUPS_PER_LANE = 8  # at least, where there are fewer lanes
+#: 2.12: frequencies of classes
+CLASS_FREQUENCIES = (
+    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 10, 38, 154,
+    585, 154, 38, 10, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+)  # fmt: skip
+#: 2.12: frequencies of the symbols that can occur for e = 1, 2, ... 7, and for all above
+SYMBOL_FREQUENCIES = (
+    (978, 46),
+    (930, 92, 1, 1),
+    (836, 182, 1, 1, 1, 1, 1, 1),
+    (661, 332, 18, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+    (436, 444, 109, 20, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+    (253, 370, 212, 103, 46, 19, 8, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+    (132, 236, 190, 144, 104, 73, 50, 33, 22, 14, 9, 6, 4, 2, 1, 1, 1, 1, 1),
+    (257, 216, 167, 123, 87, 59, 40, 26, 17, 11, 7, 4, 3, 2, 1, 1, 1, 1, 1),
+)
 
 _HEADER = struct.Struct("<2sBBIIIHHHHII")
 
@@ -188,10 +280,11 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def check_coding(coding: str) -> str:
-    """Return ``coding`` if it names a coding of stream ``kv``; else raise ValueError."""
-    if coding not in CODINGS:
-        raise ValueError(f"coding: expected one of {', '.join(CODINGS)}, got {coding!r}")
+def check_coding(coding: str, known: tuple[str, ...] = KERNEL_CODINGS) -> str:
+    """Return ``coding`` if it is among ``known`` codings of stream ``kv``; else raise ValueError."""
+    if coding not in known:
+        where = "; the GPU kernels do not know it yet, reference.py does" if coding in CODINGS else ""
+        raise ValueError(f"coding: expected one of {', '.join(known)}, got {coding!r}{where}")
     return coding
 
 
@@ -313,6 +406,23 @@ class Geometry:
         period = sum(self.parts)
         return tuple(self.values // period * width for width in self.parts)
 
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Groups in each stream of coding ``entropy`` (2.11)."""
+        full, rest = divmod(self.groups, STREAM_GROUPS)
+        return (STREAM_GROUPS,) * full + (rest,) * bool(rest)
+
+    @property
+    def least_entropy_bytes(self) -> int:
+        """The least bytes that an ``entropy`` payload takes: the sizes of streams, and two half-words a lane."""
+        lanes = sum(stream_lanes(groups) for groups in self.streams)
+        return -(-(2 + 2 * len(self.streams) + 4 * lanes) // 4) * 4
+
+
+def stream_lanes(groups: int) -> int:
+    """Return the lanes of a stream of ``groups`` groups (2.11)."""
+    return min(STREAM_LANES, -(-groups // GROUPS_PER_LANE))
+
 
 # --- stream kv: metadata ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -325,11 +435,12 @@ class PageHeader:
     steps: tuple[int, int]
     payload_bytes: int
     checksum: int
+    tables: int = 0
 
     @property
     def word1(self) -> int:
-        """Header word 1 = word 0 of a table row: steps and coding."""
-        return pack_word1(self.coding, self.steps)
+        """Header word 1 = word 0 of a table row: steps, coding and tables."""
+        return pack_word1(self.coding, self.steps, self.tables)
 
     def pack(self) -> bytes:
         """Return the 32 header bytes."""
@@ -373,12 +484,12 @@ class PageHeader:
             raise FormatError(
                 f"blob: the header says {payload_bytes} payload bytes, {len(blob) - HEADER_BYTES} are there"
             )
-        return cls(DTYPES[dtype], geometry, coding, steps, payload_bytes, checksum)
+        return cls(DTYPES[dtype], geometry, coding, steps, payload_bytes, checksum, word1 >> 24)
 
 
-def pack_word1(coding: str, steps: tuple[int, int]) -> int:
-    """Return header word 1 for a coding and the two step numbers."""
-    return (steps[0] + STEP_BIAS) | (steps[1] + STEP_BIAS) << 10 | CODINGS.index(coding) << 20
+def pack_word1(coding: str, steps: tuple[int, int], tables: int = 0) -> int:
+    """Return header word 1 for a coding, the two step numbers and the id of the tables."""
+    return (steps[0] + STEP_BIAS) | (steps[1] + STEP_BIAS) << 10 | CODINGS.index(coding) << 20 | tables << 24
 
 
 def unpack_word1(word1: int, geometry: Geometry) -> tuple[str, tuple[int, int]]:
@@ -386,9 +497,9 @@ def unpack_word1(word1: int, geometry: Geometry) -> tuple[str, tuple[int, int]]:
     steps = ((word1 & 1023) - STEP_BIAS, (word1 >> 10 & 1023) - STEP_BIAS)
     coding, tables = word1 >> 20 & 15, word1 >> 24
     if coding >= len(CODINGS):
-        raise FormatError(f"coding: expected 0 (raw) or 1 (fixed), got {coding}")
-    if tables:
-        raise FormatError(f"tables: expected 0, got {tables}")
+        raise FormatError(f"coding: expected 0 (raw), 1 (fixed) or 2 (entropy), got {coding}")
+    if tables and CODINGS[coding] != "entropy":
+        raise FormatError(f"tables: expected 0 (coding {CODINGS[coding]} has none), got {tables}")
     used = 0 if CODINGS[coding] == "raw" else len(geometry.part_values)
     for part, s in enumerate(steps):
         if abs(s) > STEP_LIMIT or (part >= used and s):
@@ -402,20 +513,20 @@ def check_payload_bytes(coding: str, payload_bytes: int, geometry: Geometry) -> 
     if coding == "raw":
         if payload_bytes != geometry.nbytes:
             raise FormatError(f"payload bytes: a raw page has {geometry.nbytes}, got {payload_bytes}")
-    elif not geometry.code_bytes <= payload_bytes < geometry.nbytes or payload_bytes % 4:
+        return
+    least = geometry.code_bytes if coding == "fixed" else geometry.least_entropy_bytes
+    if not least <= payload_bytes < geometry.nbytes or payload_bytes % 4:
         raise FormatError(
-            f"payload bytes: expected a multiple of 4 from {geometry.code_bytes} to "
-            f"{geometry.nbytes - 1}, got {payload_bytes}"
+            f"payload bytes: expected a multiple of 4 from {least} to {geometry.nbytes - 1}, got {payload_bytes}"
         )
 
 
-def checksum(header: bytes, payload) -> int:
-    """Return the checksum (2.2) of the first seven header words and the payload."""
+def checksum(header: bytes, payload, digest: int = 0) -> int:
+    """Return the checksum (2.2) of the first seven header words, the tables' digest, and the payload."""
     payload = np.frombuffer(payload, np.uint8)
     payload = np.concatenate([payload, np.zeros(-payload.size % 4, np.uint8)]).view("<u4")
-    words = np.concatenate([np.frombuffer(header[:28], "<u4"), payload])
+    words = np.concatenate([np.frombuffer(header[:28], "<u4"), np.array([digest], "<u4"), payload])
     factor = np.arange(1, words.size + 1, dtype=np.uint32)
-    factor[7:] += FIRST_PAYLOAD_INDEX - 7
     factor = factor * np.uint32(0x9E3779B1) & np.uint32(2**26 - 1) | np.uint32(1)
     terms = words.astype(np.uint64) * factor % np.uint64(CHECKSUM_PRIME)  # products of at most 58 bits
     return int(terms.sum()) % CHECKSUM_PRIME

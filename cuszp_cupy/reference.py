@@ -16,13 +16,26 @@ import numpy as np
 from .bound import parse_parts
 from .format import (
     BLOCK,
+    CLASS_LIMIT,
     CODE_WORDS,
+    CODINGS,
     DTYPES,
+    ESCAPED,
+    EXACT_CLASS,
+    EXACT_SYMBOLS,
     HEADER_BYTES,
+    LOWEST_STATE,
     LOWEST_STEP,
     MAX_MAGNITUDE,
     MAX_VALUES,
+    NUM_SYMBOLS,
+    NUM_TABLES,
+    SIGNED_ZEROS,
     STEP_LIMIT,
+    STREAM_GROUPS,
+    STREAM_LANES,
+    TABLE_BITS,
+    TABLE_TOTAL,
     TILE_TOKENS,
     FormatError,
     Geometry,
@@ -32,7 +45,9 @@ from .format import (
     checksum,
     rate_bytes,
     step_number,
+    stream_lanes,
 )
+from .tables import BUILT_IN, POSSIBLE, Tables, frequencies
 
 _NUMPY_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -199,7 +214,12 @@ def _check_eb(eb: float, dtype: np.dtype):
 
 # --- Stream kv -------------------------------------------------------------------------------------
 def encode_page(
-    page: np.ndarray, bound="rms:0.05", coding: str = "fixed", *, geometry: Geometry | None = None
+    page: np.ndarray,
+    bound="rms:0.05",
+    coding: str = "fixed",
+    *,
+    geometry: Geometry | None = None,
+    tables: Tables = BUILT_IN,
 ) -> bytes:
     """Return ``page`` as a self-describing blob: 32 bytes of metadata, then the payload.
 
@@ -207,11 +227,13 @@ def encode_page(
         page: (tokens, channels) float16 or ml_dtypes.bfloat16; any shape of the right size if ``geometry``
             is given.
         bound: a Bound or its text, for every part; or a pair, for K and V (``cuszp_cupy.bound``).
-        coding: ``fixed`` (``raw`` where that is not larger), or ``raw``.
+        coding: ``entropy`` (``fixed`` where that is not larger), ``fixed`` (``raw`` where that is not larger), or
+            ``raw``.
         geometry: where K and V lie; one part of (tokens, channels) when None.
+        tables: of coding ``entropy``, as ``calibrate`` returns them.
 
     Raises:
-        TypeError: another dtype.    ValueError: an unknown coding or bound, or a page that does not fit.
+        TypeError: another dtype.    ValueError: an unknown coding or bound, or a page or tables that do not fit.
 
     >>> import numpy as np
     >>> page = np.linspace(-1, 1, 16 * 64).astype(np.float16).reshape(16, 64)
@@ -221,39 +243,123 @@ def encode_page(
     """
     page = np.asarray(page)
     dtype = check_page_dtype(page.dtype)
-    check_coding(coding)
+    check_coding(coding, CODINGS)
     geometry = page_geometry(page.shape, geometry)
+    tables.check_geometry(geometry)
     bounds = parse_parts(bound, len(geometry.part_values))
     bits = np.ascontiguousarray(page).view(np.uint16).ravel()
-    steps, payload = None, None
-    if coding == "fixed":
-        steps = _steps(_groups(bits, geometry), dtype, geometry, bounds)
+    groups = _groups(bits, geometry)
+    steps = _steps(groups, dtype, geometry, bounds) if coding != "raw" else None
+    smallest = ("raw", (), bits.tobytes())
     if steps is not None:
-        payload = _encode_fixed(_groups(bits, geometry), dtype, geometry, steps)
-    if payload is None or len(payload) >= geometry.nbytes:
-        coding, steps, payload = "raw", (), bits.tobytes()
-    steps = (*steps, 0, 0)[:2]
-    header = PageHeader(dtype, geometry, coding, steps, len(payload), 0)
-    header = replace(header, checksum=checksum(header.pack(), payload))
+        payload = _encode_fixed(groups, dtype, geometry, steps)
+        if len(payload) < len(smallest[2]):
+            smallest = ("fixed", steps, payload)
+    if steps is not None and coding == "entropy":
+        payload = _encode_entropy(groups, dtype, geometry, steps, tables)
+        if payload is not None and len(payload) < len(smallest[2]):
+            smallest = ("entropy", steps, payload)
+    coding, steps, payload = smallest
+    used = tables if coding == "entropy" else BUILT_IN
+    header = PageHeader(dtype, geometry, coding, (*steps, 0, 0)[:2], len(payload), 0, used.id)
+    header = replace(header, checksum=checksum(header.pack(), payload, used.digest))
     return header.pack() + payload
 
 
-def decode_page(blob) -> np.ndarray:
+def decode_page(blob, *, tables: Tables = BUILT_IN) -> np.ndarray:
     """Return the page of ``blob``, in the shape of its geometry.
 
+    Args:
+        tables: those that a page of coding ``entropy`` was encoded with. Pages that need none, or the built-in
+            ones, decode with any.
+
     Raises:
-        FormatError: a blob that is truncated, altered, or of another version.
+        FormatError: a blob that is truncated, altered, of another version, or encoded with other tables.
     """
     header = PageHeader.parse(blob)
     payload = bytes(memoryview(blob).cast("B")[HEADER_BYTES:])
-    if checksum(header.pack(), payload) != header.checksum:
-        raise FormatError("checksum: the blob was altered after it was written")
     geometry = header.geometry
+    if header.tables not in (0, tables.id):
+        known = f"{tables.id} was given" if tables.id else "none was given"
+        raise FormatError(f"tables: the page was encoded with the calibrated tables {header.tables}, {known}")
+    tables = tables if header.tables else BUILT_IN
+    if checksum(header.pack(), payload, tables.digest) != header.checksum:
+        raise FormatError("checksum: the blob was altered after it was written, or the tables are others")
     if header.coding == "raw":
         bits = np.frombuffer(payload, np.uint16).copy()
     else:
-        bits = _ungroup(_decode_fixed(payload, header.dtype, geometry, header.steps), geometry)
+        steps = np.asarray(header.steps)[_part_of_group(geometry)]
+        if header.coding == "fixed":
+            groups = _decode_fixed(payload, header.dtype, geometry, steps)
+        else:
+            try:
+                tables.check_geometry(geometry)
+            except ValueError as error:
+                raise FormatError(str(error)) from None
+            groups = _decode_entropy(payload, header.dtype, geometry, steps, tables)
+        bits = _ungroup(groups, geometry)
     return bits.view(_NUMPY_DTYPES[header.dtype]).reshape(geometry.shape)
+
+
+def calibrate(pages, bound="rms:0.05", *, geometry: Geometry | None = None, hints: bool = True) -> Tables:
+    """Return tables for coding ``entropy``, made from ``pages`` for pages of the same model or layer.
+
+    Args:
+        pages: pages as ``encode_page`` takes them, of one shape, at least one; some dozens serve.
+        bound: as pages will be encoded with; another one of the same kind costs little.
+        geometry: as for ``encode_page``.
+        hints: whether to note what is usual in each pair of channels. That is worth a hundredth of the size or so
+            for pages of one layer; off for tables that serve all layers, or pages of several shapes. Flat pages
+            have none.
+
+    Raises:
+        TypeError, ValueError: as ``encode_page``; and where no page can be used.
+    """
+    usable = []
+    for page in pages:
+        dtype = check_page_dtype(np.asarray(page).dtype)
+        geometry = page_geometry(np.asarray(page).shape, geometry)
+        groups = _groups(np.ascontiguousarray(page).view(np.uint16).ravel(), geometry)
+        steps = _steps(groups, dtype, geometry, parse_parts(bound, len(geometry.part_values)))
+        if steps is not None:
+            usable.append((groups, dtype, geometry, steps))
+    if not usable:
+        raise ValueError("pages: expected one or more that need not be raw, got none")
+    tables = BUILT_IN
+    if hints and not geometry.flat:
+        tables = replace(BUILT_IN, hints=_hints(usable))
+    # What was rare in these pages may be less so in others: the built-in tables count as a few groups more.
+    class_counts = 4 * BUILT_IN.classes / TABLE_TOTAL
+    symbol_counts = 128 * _with_empty(BUILT_IN.symbols) / TABLE_TOTAL
+    for groups, dtype, geometry, steps in usable:
+        magnitude, _, _, classes = _residuals(groups, dtype, geometry, steps, tables)
+        part = _part_of_group(geometry)
+        np.add.at(class_counts, (part, _class_symbols(classes, geometry, tables)[0]), 1)
+        rows = np.broadcast_to(_table_of(part, classes)[:, None, None], magnitude.shape)
+        np.add.at(symbol_counts, (rows, _symbols(magnitude, classes)[0]), 1)
+    symbol_counts = symbol_counts.reshape(2, -1, NUM_SYMBOLS)[:, 1:]
+    return Tables(frequencies(class_counts), frequencies(symbol_counts, POSSIBLE), tables.hints)
+
+
+def _hints(usable) -> np.ndarray:
+    """2.9: o and f of each pair of channels, from groups of pages."""
+    sizes = []  # log2 of the sum of |v| of each group, without and with prediction
+    for groups, dtype, geometry, steps in usable:
+        pairs = geometry.channels // 2
+        for f in (0, 1):
+            forced = replace(BUILT_IN, hints=np.tile(np.array([0, f], np.int8), (pairs, 1)))
+            magnitude, _, _, classes = _residuals(groups, dtype, geometry, steps, forced)
+            size = np.where(classes == ESCAPED, np.nan, np.log2(magnitude.sum(axis=(1, 2)) + 0.5))
+            sizes.append(size.reshape(-1, pairs))
+    with np.errstate(invalid="ignore"):
+        sizes = np.stack([np.concatenate(sizes[f::2]) for f in (0, 1)])  # (f, rows, pairs)
+        mean = np.nansum(sizes, axis=1) / np.maximum(np.isfinite(sizes).sum(axis=1), 1)
+    f = (mean[1] < mean[0]).astype(np.intp)
+    best = mean[f, np.arange(f.size)]
+    part = _part_of_group(geometry)[: f.size]
+    typical = np.array([best[part == p].mean() if (part == p).any() else 0 for p in (0, 1)])
+    o = np.clip(np.rint(best - typical[part]), -CLASS_LIMIT, CLASS_LIMIT)
+    return np.stack([o, f], axis=1).astype(np.int8)
 
 
 def check_page_dtype(dtype) -> str:
@@ -426,7 +532,7 @@ def _encode_fixed(groups, dtype, geometry, steps) -> bytes:
 
 
 def _decode_fixed(payload, dtype, geometry, steps) -> np.ndarray:
-    """2.5 read backwards: (groups, 16, 2) storage bits."""
+    """2.5 read backwards: (groups, 16, 2) storage bits. ``steps``: one step number a group."""
     packed = np.frombuffer(payload, np.uint8, geometry.code_bytes)
     nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel()
     code = nibbles[: geometry.groups].astype(np.intp)
@@ -442,8 +548,260 @@ def _decode_fixed(payload, dtype, geometry, steps) -> np.ndarray:
     planes[regular, 15] = planes[regular, code[regular] - 1]
     planes[regular, code[regular] - 1] = 0
     v = _unplanes(planes)
-    y = _grid((v & 0x7FFF).astype(np.float64), np.asarray(steps)[_part_of_group(geometry)])
+    return np.where((code == 15)[:, None, None], v, _points(v & 0x7FFF, v & 0x8000, steps, dtype))
+
+
+def _points(q, sign, steps, dtype) -> np.ndarray:
+    """2.3: the storage bits of magnitudes q under one step number a group, with the given sign bit."""
     with np.errstate(over="ignore"):  # only points that no encoder writes
-        y = y.astype(np.float32).astype(_NUMPY_DTYPES[dtype])
-    bits = y.view(np.uint16) | v & 0x8000
-    return np.where((code == 15)[:, None, None], v, bits)
+        y = _grid(q.astype(np.float64), steps).astype(np.float32).astype(_NUMPY_DTYPES[dtype])
+    return y.view(np.uint16) | sign
+
+
+def _encode_entropy(groups, dtype, geometry, steps, tables) -> bytes | None:
+    """2.9 to 2.11; None where the coding is not allowed."""
+    part = _part_of_group(geometry)
+    magnitude, sign, flag, classes = _residuals(groups, dtype, geometry, steps, tables)
+    class_symbol, bases = _class_symbols(classes, geometry, tables)
+    symbol, low = _symbols(magnitude, classes)
+    rest = magnitude & ((1 << low) - 1)
+    signed = (magnitude != 0) | (classes >= SIGNED_ZEROS)[:, None, None]
+
+    # Backwards from here on: the coder of all lanes, (streams, 32 lanes) at once.
+    at, last = _lanes(geometry)
+    table = _table_of(part, classes)
+    class_f, class_c = _cumulative(tables.classes)
+    symbol_f, symbol_c = _cumulative(_with_empty(tables.symbols))
+    late = (sign[:, :, 1] << np.arange(16)).sum(axis=1)
+    x = 0x10000 + late[last]
+    taken = []  # (which lanes, their half-words), last first
+
+    def make_room(need, limit):
+        """Move the low half-word of x to the stream where x >= limit, so that the next pushes fit."""
+        nonlocal x
+        need = need & (x >= limit)
+        taken.append((need, (x & 0xFFFF).astype(np.uint16)))
+        x = np.where(need, x >> 16, x)
+
+    def push(need, f, c):
+        nonlocal x
+        x = np.where(need, (x // f << TABLE_BITS) + x % f + c, x)
+
+    def push_bits(need, bits, n):
+        nonlocal x
+        x = np.where(need, x << n | bits, x)
+
+    for j in reversed(range(len(at))):
+        here, g = at[j] >= 0, np.maximum(at[j], 0)
+        for i in reversed(range(BLOCK)):
+            pair, second = divmod(i, 2)
+            f = symbol_f[table[g], symbol[g, pair, second]]
+            n, r = low[g, pair, second], rest[g, pair, second]
+            with_sign = signed[g, pair, second] & ~(bool(second) & (g == last))
+            wide = n > 4
+            make_room(here, np.where(wide, 1 << (35 - n - with_sign), f << np.maximum(21 - n - with_sign, 0)))
+            push_bits(here & with_sign, sign[g, pair, second], 1)
+            push_bits(here & wide, r >> 4, np.maximum(n - 4, 0))
+            make_room(here & wide, f << 17)
+            push_bits(here, np.where(wide, r & 15, r), np.minimum(n, 4))
+            push(here, f, symbol_c[table[g], symbol[g, pair, second]])
+        f = class_f[part[g], class_symbol[g]]
+        make_room(here, f << (20 if tables.hints is None else 21))
+        if tables.hints is None:
+            push_bits(here, flag[g], 1)
+        push(here, f, class_c[part[g], class_symbol[g]])
+
+    which = np.stack([need for need, _ in reversed(taken)], axis=1)  # (streams, events, lanes)
+    half_words = np.stack([words for _, words in reversed(taken)], axis=1)
+    counts, streams = [], []
+    for s, g in enumerate(geometry.streams):
+        states = x[s, : stream_lanes(g)].astype("<u4").view("<u2")
+        streams += [states, half_words[s][which[s]].astype("<u2")]
+        counts.append(states.size + streams[-1].size)
+        if counts[-1] > BLOCK * g:
+            return None
+    payload = bases.astype(np.uint8).tobytes() + np.concatenate([np.array(counts, "<u2"), *streams]).tobytes()
+    return payload + bytes(-len(payload) % 4)
+
+
+def _decode_entropy(payload, dtype, geometry, steps, tables) -> np.ndarray:
+    """2.9 to 2.11 read backwards: (groups, 16, 2) storage bits."""
+    part, (shift, given_flag) = _part_of_group(geometry), tables.hints_of_groups(geometry)
+    bases = np.frombuffer(payload, np.uint8, 2)
+    if (bases > CLASS_LIMIT).any() or (geometry.parts is None and bases[1]):
+        raise FormatError(f"bases: expected 0..{CLASS_LIMIT}, 0 for a missing part, got {bases.tolist()}")
+    half_words = np.frombuffer(payload, "<u2").astype(np.int64)
+    sizes = np.array(geometry.streams)
+    counts, lanes = half_words[1 : 1 + sizes.size], np.array([stream_lanes(g) for g in geometry.streams])
+    if ((counts < 2 * lanes) | (counts > BLOCK * sizes)).any():
+        raise FormatError(f"streams: expected {2 * lanes} to {BLOCK * sizes} half-words, got {counts}")
+    ends = 1 + sizes.size + np.cumsum(counts)
+    if half_words.size != (ends[-1] + 1) // 2 * 2 or half_words[ends[-1] :].any():
+        raise FormatError(f"streams: they end after {ends[-1]} half-words, the payload has {half_words.size}")
+
+    at, last = _lanes(geometry)
+    starts = ends - counts
+    present = at[0] >= 0
+    first = np.where(present, starts[:, None] + 2 * np.arange(STREAM_LANES), 0)
+    x = np.where(present, half_words[first] | half_words[first + 1] << 16, LOWEST_STATE)
+    if ((x < LOWEST_STATE) | (x >> 31 != 0)).any():
+        raise FormatError("streams: a lane starts outside 2^15 .. 2^31 - 1")
+    position = starts + 2 * lanes
+
+    def refill(need):
+        nonlocal x, position
+        need = need & (x < LOWEST_STATE)
+        index = position[:, None] + np.cumsum(need, axis=1) - need
+        position = position + need.sum(axis=1)
+        if (position > ends).any():
+            raise FormatError("streams: one ends early")
+        x = np.where(need, x << 16 | half_words[np.where(need, index, 0)], x)
+
+    def read(need, rows, f, c, slots):
+        nonlocal x
+        symbol = slots[rows, x & (TABLE_TOTAL - 1)]
+        x = np.where(need, f[rows, symbol] * (x >> TABLE_BITS) + (x & (TABLE_TOTAL - 1)) - c[rows, symbol], x)
+        return symbol
+
+    def bits(need, n):
+        nonlocal x
+        value = np.where(need, x & ((1 << n) - 1), 0)
+        x = np.where(need, x >> n, x)
+        return value
+
+    class_table, symbol_table = _slots(tables.classes), _slots(_with_empty(tables.symbols))
+    magnitude = np.zeros((geometry.groups, 16, 2), np.int64)
+    sign = np.zeros_like(magnitude)
+    classes, flag = np.zeros(geometry.groups, np.int64), given_flag.copy()
+    for j in range(len(at)):
+        here, g = at[j] >= 0, np.maximum(at[j], 0)
+        symbol = read(here, part[g], *class_table)
+        f = bits(here, 1) if tables.hints is None else given_flag[g]
+        refill(here)
+        c = (symbol - CLASS_LIMIT + bases[part[g]] + shift[g]) % ESCAPED
+        c = np.where(symbol == ESCAPED, ESCAPED, c)
+        flag[g[here]], classes[g[here]] = f[here], c[here]
+        table, class_low = _table_of(part[g], c), _class_low(c)
+        for i in range(BLOCK):
+            pair, second = divmod(i, 2)
+            s = read(here, table, *symbol_table)
+            large = s >= EXACT_SYMBOLS
+            n = np.where(large, s - 12, 0) + class_low
+            r = bits(here, np.minimum(n, 4))
+            refill(here & (n > 4))
+            r += bits(here & (n > 4), np.maximum(n - 4, 0)) << 4
+            m = np.where(here, (np.where(large, 1 << np.maximum(s - 12, 0), s) << class_low) + r, 0)
+            with_sign = here & ((m != 0) | (c >= SIGNED_ZEROS)) & ~(bool(second) & (g == last))
+            magnitude[g[here], pair, second] = m[here]
+            sign[g[here], pair, second] = bits(with_sign, np.int64(1))[here]
+            refill(here)
+    if (position != ends).any():
+        raise FormatError("streams: one ends late")
+    plain, escaped = (classes < SIGNED_ZEROS)[:, None, None], (classes == ESCAPED)[:, None, None]
+    sign[last[present], :, 1] = x[present, None] >> np.arange(16) & 1
+    if (x[present] >> 16 != 1).any() or (sign & (magnitude == 0) & plain).any():
+        raise FormatError("streams: a lane ends with what is no signs")
+    q = _unpredicted(np.where(sign, -magnitude, magnitude), flag * plain[:, 0, 0])
+    if (np.abs(q) >= np.where(escaped, 2**15, MAX_MAGNITUDE)).any():
+        raise FormatError(f"values: a magnitude reaches {MAX_MAGNITUDE}")
+    negative = np.where(plain, q < 0, sign) << 15
+    coded = _points(np.where(escaped, 0, np.abs(q)), negative.astype(np.uint16), steps, dtype)
+    return np.where(escaped, magnitude | negative, coded).astype(np.uint16)
+
+
+def _residuals(groups, dtype, geometry, steps, tables):
+    """2.9: magnitude and sign of v (groups, 16, 2), flag f and class c of each group."""
+    q, escaped = _quantise(_floats(groups, dtype), np.asarray(steps)[_part_of_group(geometry)], dtype)
+    plain = ~escaped & (groups != 0x8000).all(axis=(1, 2))
+    q = np.where(escaped[:, None, None], 0, q).astype(np.int64)
+    q = np.where(groups >= 0x8000, -q, q)
+    difference = q - _predicted(q)
+    flag = tables.hints_of_groups(geometry)[1]
+    if tables.hints is None:
+        flag = (np.abs(difference).sum(axis=(1, 2)) < np.abs(q).sum(axis=(1, 2))).astype(np.int64)
+    flag = flag * plain
+    v = np.where(flag[:, None, None], difference, q)
+    e = _bits(np.abs(v).sum(axis=(1, 2)))
+    classes = np.where(escaped, ESCAPED, np.where(plain, e, e + SIGNED_ZEROS))
+    magnitude = np.where(escaped[:, None, None], groups & 0x7FFF, np.abs(v)).astype(np.int64)
+    return magnitude, np.where(plain[:, None, None], v < 0, groups >> 15).astype(np.int64), flag, classes
+
+
+def _class_symbols(classes, geometry, tables) -> tuple[np.ndarray, np.ndarray]:
+    """2.9, 2.10: the symbol of the class of each group, and the bases of the two parts."""
+    part, (shift, _) = _part_of_group(geometry), tables.hints_of_groups(geometry)
+    bases = np.zeros(2, np.int64)
+    for p in range(len(geometry.part_values)):
+        e = (classes % SIGNED_ZEROS - shift)[(part == p) & (classes != ESCAPED)]
+        bases[p] = np.clip((2 * e.sum() + e.size) // (2 * max(e.size, 1)), 0, CLASS_LIMIT)
+    symbol = (classes - shift - bases[part] + CLASS_LIMIT) % ESCAPED
+    return np.where(classes == ESCAPED, ESCAPED, symbol), bases
+
+
+def _symbols(magnitude, classes) -> tuple[np.ndarray, np.ndarray]:
+    """2.10: the symbol s of each value, and the number n of the bits behind it."""
+    low = _class_low(classes)[:, None, None]
+    scaled = np.where((classes == ESCAPED)[:, None, None], 0, magnitude >> low)
+    large = scaled >= EXACT_SYMBOLS
+    symbol = np.where(large, _bits(scaled) + EXACT_SYMBOLS - 5, scaled)
+    return symbol, low + np.where(large, symbol - 12, 0)
+
+
+def _class_low(classes) -> np.ndarray:
+    """2.10: the bits behind each symbol that the class asks for."""
+    return np.where(classes == ESCAPED, 15, np.maximum(classes % SIGNED_ZEROS - EXACT_CLASS, 0))
+
+
+def _predicted(q: np.ndarray) -> np.ndarray:
+    """2.9: p of each value."""
+    p = np.zeros_like(q)
+    a = 10 * q[:, 0]
+    for t in range(1, 16):
+        p[:, t] = (a + 8) >> 4
+        a = a + (3 * (16 * q[:, t] - a) >> 3)
+    return p
+
+
+def _unpredicted(v: np.ndarray, flag: np.ndarray) -> np.ndarray:
+    """2.9 backwards: q from v."""
+    q = v.copy()
+    a = 10 * q[:, 0]
+    for t in range(1, 16):
+        q[:, t] += np.where(flag[:, None], (a + 8) >> 4, 0)
+        a = a + (3 * (16 * q[:, t] - a) >> 3)
+    return q
+
+
+def _lanes(geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """2.11: the groups of each lane, -1 for none, (turns, streams, 32); and the last one of each, 0 for none."""
+    sizes, lane = np.array(geometry.streams)[:, None], np.arange(STREAM_LANES)
+    lanes = np.array([[stream_lanes(g)] for g in geometry.streams])
+    in_stream = np.arange((-(-sizes // lanes)).max())[:, None, None] * lanes + lane
+    first = np.arange(len(sizes))[:, None] * STREAM_GROUPS
+    at = np.where((lane < lanes) & (in_stream < sizes), first + in_stream, -1)
+    return at, np.maximum(at.max(axis=0), 0)
+
+
+def _table_of(part, classes):
+    """The row of tables for a class: 0 for classes without one."""
+    row = np.where(classes == ESCAPED, 0, np.minimum(classes % SIGNED_ZEROS, NUM_TABLES))
+    return part * (NUM_TABLES + 1) + row
+
+
+def _with_empty(symbols: np.ndarray) -> np.ndarray:
+    """Tables of both parts as (2 * 9, 19), each part's led by one that says symbol 0 and costs nothing."""
+    empty = np.zeros((2, 1, NUM_SYMBOLS), np.int64)
+    empty[:, :, 0] = TABLE_TOTAL
+    return np.concatenate([empty, symbols], axis=1).reshape(-1, NUM_SYMBOLS)
+
+
+def _cumulative(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F and C of tables (n, symbols)."""
+    f = f.astype(np.int64)
+    return f, np.cumsum(f, axis=1) - f
+
+
+def _slots(f: np.ndarray):
+    """F and C of tables, and the symbol of each slot."""
+    symbols = np.arange(f.shape[1])
+    return *_cumulative(f), np.stack([np.repeat(symbols, row) for row in f])

@@ -528,7 +528,7 @@ def test_a_geometry_that_does_not_fit_is_refused():
 
 def test_other_codings_and_bounds_are_refused():
     page = np.zeros((16, 4), FLOAT16)
-    with pytest.raises(ValueError, match="coding: expected one of raw, fixed, got 'plain'"):
+    with pytest.raises(ValueError, match="coding: expected one of raw, fixed, entropy, got 'plain'"):
         encode_page(page, coding="plain")
     for coding in ("fixed", "raw"):
         with pytest.raises(ValueError, match=r"the page has 1 part\(s\), got 2 bounds"):
