@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from dataclasses import dataclass
 
 import numpy as np
 
 from . import auto, library_swap
-from .arena import Arena, Predictor, between, complement, row_regions, runs, spans, tiles
+from .arena import Arena, Predictor, between, runs, spans, tiles
 from .bound import parse_parts
 from .codec import ENGINES, NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
+from .page_table import COPIED, KNOWN, PENDING, HostRows, PageTable, check_slots, check_stored, index
 from .raw import copy as raw_copy
 from .raw import kv
 from .reference import check_page_dtype
@@ -33,34 +33,12 @@ from .stats import Counters
 from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
 
 TRANSPORTS = ("auto", "staged", "fused", "raw")
-EMPTY, PENDING, KNOWN, COPIED = range(4)  # states of slots; PENDING: the host has not seen its row yet
 BUFFERS = 4  # tiles of each direction in the ring
 TILE_BYTES = 32 << 20  # raw bytes of a tile at most
 BLOCK_PAGES = 1 << 15  # pages of a call that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
 SPAN_BYTES, BATCH_SPAN_BYTES = 32 << 10, 8 << 10  # shorter copies than these, on average: the kernel reads itself
 _NOT_READY = 600  # cudaErrorNotReady
-
-
-@dataclass(frozen=True)
-class HostRows:
-    """The caller's pinned host memory, in rows that are stored and freed as one.
-
-    Slot ``row * pages_per_row + j`` has its home ``j`` pages after ``pointer + row * stride``. A store with all
-    slots of a row packs them from the row's start; other slots go to their homes, and if the row was packed,
-    its other slots are gone.
-
-    Args:
-        pointer: host address of row 0, a multiple of 16.
-        stride: bytes from row to row, a multiple of 16.
-        pages_per_row: slots of a row.
-        owner: kept alive with the pipeline.
-    """
-
-    pointer: int
-    stride: int
-    pages_per_row: int
-    owner: object = None
 
 
 class SwapPipeline:
@@ -134,27 +112,23 @@ class SwapPipeline:
         self._lock = threading.RLock()
         self.stats = Counters()
         self._in_flight: dict[int, Transfer] = {}
-        self._limbo: list[tuple[set[int], np.ndarray, np.ndarray]] = []  # freed, but transfers may still use it
-        self._stamp = np.zeros(self.num_slots, np.int64)
+        self._stamp = np.zeros(self.num_slots, np.int64)  # for check_slots
         self._ring = self._library = None
         if engine == "library":
             self._library = library_swap.LibrarySwap(
                 geometry, self.dtype, self.bounds, num_slots=self.num_slots, arena_bytes=arena_bytes
             )
             self.stats, self.arena = self._library.stats, self._library.table.arena
-            self._state = self._library.table.nbytes  # 0, EMPTY, where nothing is stored
             self._closed = False
             return
 
-        self._rows = host
-        self._pages_per_row = host.pages_per_row if host else 1
-        row_bytes = self._pages_per_row * self._slot_bytes
+        pages_per_row = host.pages_per_row if host else 1
         tile_bytes = min(TILE_BYTES, ring_bytes // (2 * BUFFERS), -(-self.num_slots * self._slot_bytes))
         self._tile_pages = tile_bytes // self._slot_bytes
-        if self._tile_pages < self._pages_per_row:
+        if self._tile_pages < pages_per_row:
             raise ValueError(
-                f"ring_bytes: expected {2 * BUFFERS} x {row_bytes} bytes or more, for tiles of one "
-                f"{'row' if host else 'page'}, got {ring_bytes}"
+                f"ring_bytes: expected {2 * BUFFERS} x {pages_per_row * self._slot_bytes} bytes or more, for "
+                f"tiles of one {'row' if host else 'page'}, got {ring_bytes}"
             )
         self._tile_bytes = self._tile_pages * self._slot_bytes
         if host is None:
@@ -168,23 +142,17 @@ class SwapPipeline:
                 )
             # a page more than is used: a damaged row may make a kernel read that far
             self._host = pinned(arena_bytes + self._slot_bytes)
-            self._base, self.arena = self._host.ctypes.data, Arena(arena_bytes)
-            self._shift = mapped_pointer(self._base, "arena") - self._base
+            base, self.arena = self._host.ctypes.data, Arena(arena_bytes)
+            self._shift = mapped_pointer(base, "arena") - base  # what to add for the device's address
         else:
-            self.arena, self._base, self._shift = None, host.pointer, self._check_rows(host)
+            base, self.arena, self._shift = host.pointer, None, self._check_rows(host)
 
-        # per slot; addresses are the host's
-        self._state = np.zeros(self.num_slots, np.uint8)
-        self._owner = np.zeros(self.num_slots, np.int64)  # number of the store in flight that writes it, else 0
-        self._address = np.zeros(self.num_slots, np.int64)  # of its payload; PENDING: what its place counts from
-        self._held = np.zeros(self.num_slots, np.int64)  # bytes at its address that go back to the arena
-        self._fixed = np.zeros(self.num_slots, np.int32)  # prepared transfers that count on it
-        self._num_prepared = 0  # of them
-        self._packed = np.zeros(-(-self.num_slots // self._pages_per_row), bool)
-        # the same as kernels write and read it
-        self._table = pinned(16 * self.num_slots).view(np.uint32).reshape(-1, ROW_WORDS)
-        self._table[...] = 0
-        self._table_ptr = mapped_pointer(self._table.ctypes.data, "page table")
+        memory = pinned(16 * self.num_slots).view(np.uint32).reshape(-1, ROW_WORDS)
+        memory[...] = 0
+        self._table_ptr = mapped_pointer(memory.ctypes.data, "page table")
+        self.table = PageTable(
+            memory, self.page_bytes, host, self.arena, base, self._tile_pages, self._in_flight.keys()
+        )
 
         # a page more, as above
         self._ring = self._allocate(2 * BUFFERS * self._tile_bytes + self._slot_bytes)
@@ -196,7 +164,7 @@ class SwapPipeline:
             ]
             buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
             self._lanes[name] = Lane(
-                streams, i % 2, buffers, self._event(), np.zeros(self._packed.size, np.int64)
+                streams, i % 2, buffers, self._event(), np.zeros(self.table.num_units, np.int64)
             )
 
         self._blocks = []  # free argument blocks
@@ -204,7 +172,6 @@ class SwapPipeline:
         for _ in range(BUFFERS):
             self._blocks.append(self._new_block(min(self.num_slots, BLOCK_PAGES)))
         self._number = 0
-        self._guard: set[int] = set()  # transfers that may still use what is free in the arena
         self._packed_share, self._single_share = Predictor(quantile), Predictor(quantile)
         self._stage_events: list = []  # free ones
         self.speed: dict[str, float] = {}  # what calibrate measured
@@ -233,32 +200,28 @@ class SwapPipeline:
         pointers, owner = self._check_pages(pages, "pages")
         caller = self._check_stream(stream)
         with self._lock:
-            slots = self._check_slots(slots, len(pointers), distinct=True)
+            slots = check_slots(slots, self._stamp, len(pointers), distinct=True)
             if self._library:
                 return self._library.store(pointers, slots, caller, transport)
-            self._check_writable(slots)
+            self.table.check_writable(slots)
             self._reap()
             transport = self._choose("store", len(slots), transport)
             lane = self._lanes["fused store" if transport == "fused" else "store"]
             transfer = Transfer(self, "store", transport, owner)
             block = transfer._block = None if transport == "raw" else self._take_block(len(slots))
             try:
-                order, first, hosts, waits = self._place(slots, alone=transport == "raw")
+                order, first, hosts, waits = self.table.place(slots, alone=transport == "raw")
             except BaseException:
                 self._put_block(block)
                 raise
             slots, pointers = slots[order], pointers[order]
             transfer.slots, counts = slots, np.diff(first)
-            transfer._regions = hosts, counts, counts * self._slot_bytes
-            units = slots // self._pages_per_row if self._pages_per_row > 1 else slots
+            transfer._regions, units = (hosts, counts), self.table.units(slots)
             # rows: one place, many writers. arena: only the table, which one lane writes in order
-            others = [other for other in self._lanes.values() if self._rows or other is not lane]
-            waits += self._conflicts(others, units)
+            others = [other for other in self._lanes.values() if self.table.rows or other is not lane]
             try:
-                self._begin(transfer, lane, caller, waits, units)
-                at = _index(slots)
-                self._owner[at], self._state[at] = transfer._number, PENDING
-                self._address[at] = np.repeat(hosts, counts)
+                self._begin(transfer, lane, caller, waits | self._conflicts(others, units), units)
+                self.table.expect(slots, transfer._number, hosts, counts)
                 if transport == "raw":
                     self._copy_out(transfer, lane, pointers, hosts)
                 elif len(slots):
@@ -287,16 +250,16 @@ class SwapPipeline:
         caller = self._check_stream(stream)
         self._check_disjoint(pointers)
         with self._lock:
-            slots = self._check_slots(slots, len(pointers))
+            slots = check_slots(slots, self._stamp, len(pointers))
             if self._library:
-                self._check_stored(slots)
+                check_stored(self._library.table.nbytes, slots)
                 return self._library.load(slots, pointers, caller, transport)
             self._reap()
-            state = self._state[_index(slots)]
+            state = self.table.state[index(slots)]
             if (state == KNOWN).all():
                 counts = slots.size, 0, 0
             else:
-                self._check_stored(slots)
+                check_stored(self.table.state, slots)
                 known, pending, copied = (np.flatnonzero(state == s) for s in (KNOWN, PENDING, COPIED))
                 order, counts = np.concatenate([known, pending, copied]), (known.size, pending.size, copied.size)
                 slots, pointers = slots[order], pointers[order]
@@ -306,9 +269,9 @@ class SwapPipeline:
             lane = self._lanes["fused load" if transport == "fused" else "load"]
             transfer = Transfer(self, "load", transport, owner)
             transfer.slots, transfer._counts, transfer._block = slots, counts, self._take_block(len(slots))
-            units = slots // self._pages_per_row if self._pages_per_row > 1 else slots
+            units = self.table.units(slots)
             # in the arena, only those that read the table on the device are in the way of later stores
-            marks = units if self._rows else slots[counts[0] : counts[0] + counts[1]]
+            marks = units if self.table.rows else slots[counts[0] : counts[0] + counts[1]]
             waits = self._conflicts([self._lanes["store"], self._lanes["fused store"]], units)
             try:
                 self._begin(transfer, lane, caller, waits, marks)
@@ -326,12 +289,12 @@ class SwapPipeline:
             ValueError: no such slot, or one that a prepared transfer holds.
         """
         with self._lock:
-            slots = self._check_slots(slots, None)
+            slots = check_slots(slots, self._stamp)
             if self._library:
                 return self._library.drop(np.unique(slots))
-            self._check_writable(slots)
+            self.table.check_writable(slots)
             self._reap()
-            self._forget(np.unique(slots))
+            self.table.forget(np.unique(slots))
 
     def synchronize(self) -> None:
         """Wait for all transfers so far. Damaged pages stay with their handles; none is raised here."""
@@ -352,7 +315,7 @@ class SwapPipeline:
                 for stream in lane.streams:
                     stream.synchronize()
             self._reap()
-            self._ring = self._blocks = self._table = self._host = self._rows = None
+            self._ring = self._blocks = self._host = self.table.memory = self.table.rows = None
 
     def __enter__(self) -> SwapPipeline:
         return self
@@ -373,7 +336,7 @@ class SwapPipeline:
             usage = {
                 "ring_bytes": 2 * BUFFERS * self._tile_bytes,
                 "argument_bytes": self._block_bytes,
-                "table_bytes": self._table.nbytes,
+                "table_bytes": self.table.memory.nbytes,
             }
             if self.arena:
                 usage["arena_bytes"] = self.arena.nbytes
@@ -393,16 +356,14 @@ class SwapPipeline:
         self._check_kernels("prepare_store")
         pointers, owner = self._check_pages(pages, "pages")
         with self._lock:
-            slots = self._check_slots(slots, len(pointers), distinct=True)
+            slots = check_slots(slots, self._stamp, len(pointers), distinct=True)
             if not slots.size:
                 raise ValueError("pages: expected at least one page to prepare, got none")
-            self._check_writable(slots)
+            self.table.check_writable(slots)
             self.synchronize()
-            order, _, hosts, _ = self._place(slots, alone=True)
+            order, _, hosts, _ = self.table.place(slots, alone=True)
             slots, pointers = slots[order], pointers[order]
-            self._address[slots] = hosts
-            self._held[slots] = self._slot_bytes if self.arena else 0
-            self._state[slots] = PENDING  # for good: the host never looks at its rows
+            self.table.prepare(slots, hosts)
             return Prepared(self, "store", slots, pointers, owner)
 
     def prepare_load(self, slots, pages) -> Prepared:
@@ -414,12 +375,12 @@ class SwapPipeline:
         pointers, owner = self._check_pages(pages, "pages")
         self._check_disjoint(pointers)
         with self._lock:
-            slots = self._check_slots(slots, len(pointers))
+            slots = check_slots(slots, self._stamp, len(pointers))
             if not slots.size:
                 raise ValueError("pages: expected at least one page to prepare, got none")
-            self._check_stored(slots)
+            check_stored(self.table.state, slots)
             self.synchronize()
-            if (self._state[slots] == COPIED).any():
+            if (self.table.state[slots] == COPIED).any():
                 raise ValueError("slots: expected slots stored encoded, got some stored by transport 'raw'")
             return Prepared(self, "load", slots, pointers, owner)
 
@@ -447,7 +408,8 @@ class SwapPipeline:
     # --- what a store enqueues ----------------------------------------------------------------------------
     def _encode(self, transfer, lane, pointers, first) -> None:
         """Encode tile by tile and move what was packed; fused: encode to the host in one launch."""
-        hosts, counts, sizes = transfer._regions
+        hosts, counts = transfer._regions
+        sizes = counts * self._slot_bytes
         fused, block, num = transfer.transport == "fused", transfer._block, len(pointers)
         if fused:
             bounds, works, widths = [0, len(hosts)], hosts + self._shift, sizes
@@ -493,9 +455,7 @@ class SwapPipeline:
     def _copy_out(self, transfer, lane, pointers, hosts) -> None:
         """Transport raw: copy the pages to places of their own."""
         slots = transfer.slots
-        self._address[slots], self._state[slots] = hosts, COPIED
-        self._held[slots] = self._slot_bytes if self.arena else 0
-        self._owner[slots] = 0  # there is nothing to learn when it is done
+        self.table.copied(slots, hosts)  # there is nothing to learn when it is done
         if not slots.size:
             return
         pieces = hosts, pointers.astype(np.int64), np.full(len(hosts), self.page_bytes)
@@ -505,42 +465,20 @@ class SwapPipeline:
     def _finish_store(self, transfer) -> tuple[int, int]:
         """Learn where a finished store's pages lie; return payload and link bytes."""
         slots = transfer.slots
-        hosts, counts, sizes = transfer._regions
+        hosts, counts = transfer._regions
         if transfer.transport == "raw":
             self.stats.raw_pages += len(slots)
             return (len(slots) * self.page_bytes,) * 2
-        first = np.cumsum(counts) - counts
-        live = self._owner[slots] == transfer._number  # else overwritten or dropped since; no row of ours then
-        every = bool(live.all())
-        mine, homes = slots, np.repeat(hosts, counts)
-        if not every:
-            mine, homes = mine[live], homes[live]
-        at = _index(mine)
-        rows = np.take(self._table, mine, axis=0)
-        nbytes, place = rows[:, 1].astype(np.int64), 16 * rows[:, 3].astype(np.int64)
-        kept = (nbytes + 15) & -16
-        self._address[at], self._state[at], self._owner[at] = homes + place, KNOWN, 0
-        ends = place + kept  # in its region
-        if not every:
-            ends = np.zeros(slots.size, np.int64)
-            ends[live] = place + kept
-        used = np.maximum.reduceat(ends, first) if slots.size else ends
-        if self.arena:
-            self._held[at] = kept
-            outer = hosts - self._base
-            if every:  # pages lie side by side, from the start of their region
-                self.arena.release(outer + used, outer + sizes)
-            else:
-                inner = homes + place - self._base
-                self._release(*complement(outer, outer + sizes, inner, inner + kept))
+        nbytes, used = self.table.learn(slots, transfer._number, hosts, counts)
         if transfer.error is not None or not len(slots):
             return 0, 0
+        shares = used / (counts * self._slot_bytes)
         for predictor, some in ((self._packed_share, counts > 1), (self._single_share, counts == 1)):
-            predictor.update((used / sizes)[some & (used > 0)])
+            predictor.update(shares[some & (used > 0)])
         self.stats.raw_pages += int(np.count_nonzero(nbytes == self.page_bytes))
-        payload = int(nbytes.sum()) + 16 * len(mine)
+        payload = int(nbytes.sum()) + 16 * nbytes.size
         if transfer.transport == "fused":
-            return payload, int(kept.sum())
+            return payload, int(((nbytes + 15) & -16).sum())
         self.stats.mispredicted += int((used > transfer._widths).sum())
         return payload, int(np.maximum(used, transfer._widths).sum())
 
@@ -553,9 +491,9 @@ class SwapPipeline:
         transfer._payload_bytes = transfer._link_bytes = num_copied * self.page_bytes
         if not len(slots):
             return
-        addresses, plan = self._address[_index(slots)], []
+        addresses, plan = self.table.address[index(slots)], []
         if num_known:
-            rows = np.take(self._table, slots[:num_known], axis=0)
+            rows = np.take(self.table.memory, slots[:num_known], axis=0)
             nbytes = rows[:, 1].astype(np.int64)
             lengths = (nbytes + 15) & -16
             transfer._payload_bytes += int(nbytes.sum()) + 16 * num_known
@@ -613,7 +551,7 @@ class SwapPipeline:
                 raw_copy.copies(*pieces, runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
     def _spans(self, starts, lengths, units):
-        rows = (self._base, self._rows.stride, units) if self._rows else ()
+        rows = (self.table.base, self.table.rows.stride, units) if self.table.rows else ()
         return spans(starts, lengths, self._tile_pages, self._tile_bytes, *rows)
 
     def _plan_tiles(self, transfer, lane, starts, lengths, found) -> tuple[tuple, list[tuple]]:
@@ -650,7 +588,7 @@ class SwapPipeline:
         self.stats.failed_pages += len(transfer.failed)
         num_known, num_pending, _ = transfer._counts
         pending = transfer.slots[num_known : num_known + num_pending]
-        payload = int(self._table[pending, 1].sum(dtype=np.int64))
+        payload = int(self.table.memory[pending, 1].sum(dtype=np.int64))
         return transfer._payload_bytes + payload + 16 * num_pending, transfer._link_bytes + payload
 
     # --- kernels, on the current stream -------------------------------------------------------------------
@@ -668,22 +606,21 @@ class SwapPipeline:
         )  # fmt: skip
 
     # --- order --------------------------------------------------------------------------------------------
-    def _conflicts(self, lanes, units) -> list[Transfer]:
-        """Return the transfers in flight that ``lanes`` last had on these units. A lane finishes in order."""
+    def _conflicts(self, lanes, units) -> set[int]:
+        """Return the numbers of what is in flight that ``lanes`` last had there. A lane finishes in order."""
         lanes = [lane for lane in lanes if lane.newest in self._in_flight]
-        numbers = {int(lane.last[units].max(initial=0)) for lane in lanes}
-        return [self._in_flight[number] for number in numbers if number in self._in_flight]
+        return self._in_flight.keys() & {int(lane.last[units].max(initial=0)) for lane in lanes}
 
     def _begin(self, transfer, lane, caller: int, waits, marks) -> None:
-        """Number the transfer and make its streams wait for the caller's and for ``waits``."""
-        runtime = self._runtime
+        """Number the transfer and make its streams wait for the caller's and for the transfers ``waits``."""
+        runtime, events = self._runtime, [transfer._ready, *(self._in_flight[number].done for number in waits)]
         self._number += 1
         transfer._number = lane.newest = self._number
         self._in_flight[self._number] = transfer
-        lane.last[_index(marks)] = self._number
+        lane.last[index(marks)] = self._number
         runtime.eventRecord(transfer._ready.ptr, caller)
         for stream in lane.streams:
-            for event in (transfer._ready, *(other.done for other in waits)):
+            for event in events:
                 runtime.streamWaitEvent(stream.ptr, event.ptr)
         runtime.eventRecord(transfer._start.ptr, lane.streams[0].ptr)
 
@@ -702,7 +639,7 @@ class SwapPipeline:
         transfer.error = error
         self.stats.failed_calls += 1
         if transfer.direction == "store":
-            self._forget(transfer.slots)
+            self.table.forget(transfer.slots)
         try:
             self._end(transfer, lane, None)
         except self._runtime.CUDARuntimeError:  # the device is lost: nothing can be reused, nor needs to be
@@ -726,112 +663,16 @@ class SwapPipeline:
                 getattr(self.stats, transfer.direction).add(transfer.stats)
             self._put_block(transfer._block)
             transfer._block = transfer._owner = transfer._regions = None
-        if self._limbo:
-            self._limbo, old = [], self._limbo
-            for numbers, starts, ends in old:
-                self._release(starts, ends, numbers)
+        if not self._library:
+            self.table.settle()
 
-    # --- host memory --------------------------------------------------------------------------------------
-    def _place(self, slots, *, alone: bool):
-        """Find host memory for a store, in regions, or each page by itself; the slots' old content is gone then.
-
-        Returns:
-            (order of the pages, first page of each region and the end, host addresses of the regions, transfers
-            that must finish before the memory is written)
-        """
-        if self._rows:
-            if alone:
-                order, first, home = np.argsort(slots), np.arange(slots.size + 1), np.sort(slots)
-            else:
-                order, first, home = row_regions(slots, self._pages_per_row)
-            row, j = np.divmod(home, self._pages_per_row)
-            whole = np.diff(first) == self._pages_per_row
-            spoilt = row[~whole & self._packed[row]]
-            if spoilt.size:
-                self._forget(self._slots_of_rows(spoilt))
-            self._packed[row] = whole
-            return order, first, self._base + row * self._rows.stride + j * self.page_bytes, []
-        try:
-            offsets, units = self.arena.reserve(slots.size, self._slot_bytes, self._tile_pages)
-        except MemoryError:
-            offsets, units = self._reserve_more(slots)
-            self._guard = set(self._in_flight)
-        waits = [self._in_flight[number] for number in self._guard & self._in_flight.keys()]
-        self._give_back(slots)
-        if alone:
-            first = np.arange(slots.size + 1)
-            inside = first[:-1] - np.repeat(np.cumsum(units) - units, units)
-            offsets = np.repeat(offsets, units) + inside * self._slot_bytes
-        else:
-            first = np.append(0, np.cumsum(units))
-        return slice(None), first, self._base + offsets, waits
-
-    def _reserve_more(self, slots):
-        """Reserve with what freed ranges and the slots' old content offer, though transfers may still use it."""
-        before = self.arena.snapshot()
-        for _, starts, ends in self._limbo:
-            self.arena.release(starts, ends)
-        old = slots[self._held[slots] > 0]
-        start = self._address[old] - self._base
-        self.arena.release(start, start + self._held[old])
-        try:
-            regions = self.arena.reserve(slots.size, self._slot_bytes, self._tile_pages)
-        except MemoryError:
-            free = self.arena.free_bytes
-            self.arena.restore(before)
-            stores = sum(t.direction == "store" for t in self._in_flight.values())
-            raise MemoryError(
-                f"arena: a store of {slots.size} pages needs {slots.size} x {self._slot_bytes} bytes until "
-                f"it has finished; {free} of {self.arena.nbytes} are free; drop slots"
-                + (
-                    f", or wait for the {stores} stores in flight, which hold more than they will need"
-                    if stores
-                    else ""
-                )
-            ) from None
-        self._limbo.clear()
-        self._held[old] = 0
-        return regions
-
-    def _region_addresses(self, slots) -> np.ndarray:
-        """Return what the places in the table count from, of encoded slots."""
-        places = np.where(self._state[slots] == KNOWN, 16 * self._table[slots, 3].astype(np.int64), 0)
-        return self._address[slots] - places
-
-    def _slots_of_rows(self, row) -> np.ndarray:
-        return (np.unique(row)[:, None] * self._pages_per_row + np.arange(self._pages_per_row)).ravel()
-
-    def _forget(self, slots) -> None:
-        """Make distinct slots empty."""
-        if self.arena:
-            self._give_back(slots)
-        self._state[slots], self._owner[slots] = EMPTY, 0
-
-    def _give_back(self, slots) -> None:
-        """Give back what distinct slots hold of the arena."""
-        held = self._held[_index(slots)]
-        if not held.any():
-            return
-        old = slots[held > 0]
-        start = self._address[old] - self._base
-        self._release(start, start + held[held > 0])
-        self._held[old] = 0
-
-    def _release(self, starts, ends, numbers=None, *, at_once=False) -> None:
-        """Give ranges back to the arena, once the transfers in flight (or those ``numbers``) are through."""
-        numbers = self._in_flight.keys() & (self._in_flight.keys() if numbers is None else numbers)
-        if at_once or not numbers:
-            self.arena.release(starts, ends)
-        elif len(starts):
-            self._limbo.append((numbers, starts, ends))
-
+    # --- device memory and arguments ----------------------------------------------------------------------
     def _allocate(self, nbytes: int):
         try:
             return self._cupy.cuda.alloc(nbytes)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             raise MemoryError(f"no {nbytes} bytes of device memory ({error}); lower ring_bytes") from None
 
-    # --- arguments ----------------------------------------------------------------------------------------
     def _new_block(self, num_pages: int) -> Block:
         capacity = max(256, 1 << (num_pages - 1).bit_length())
         host, device = pinned(Block.BYTES * capacity), self._allocate(Block.BYTES * capacity)
@@ -897,39 +738,6 @@ class SwapPipeline:
             raise TypeError(f"{name}: the pipeline is for {self.dtype}, got {dtype}")
         return pointers, owner
 
-    def _check_slots(self, slots, num_pages: int | None, distinct: bool = False) -> np.ndarray:
-        slots = np.asarray(slots)
-        if slots.size == 0:
-            slots = np.zeros(0, np.int64)
-        if slots.ndim != 1 or slots.dtype.kind not in "iu":
-            raise TypeError(f"slots: expected a sequence of integers, got {slots.dtype} of shape {slots.shape}")
-        slots = slots.astype(np.int64)
-        if num_pages is not None and len(slots) != num_pages:
-            raise ValueError(f"slots: expected one a page, {num_pages}, got {len(slots)}")
-        if slots.size and not (0 <= slots.min() and slots.max() < self.num_slots):
-            raise ValueError(f"slots: expected 0 to {self.num_slots - 1}, got {slots.min()} to {slots.max()}")
-        if distinct and not (slots[1:] > slots[:-1]).all():
-            order = np.arange(slots.size)
-            self._stamp[slots] = order
-            twice = slots[self._stamp[slots] != order]
-            if twice.size:
-                raise ValueError(f"slots: expected each slot once, got {_some(np.unique(twice))} more than once")
-        return slots
-
-    def _check_stored(self, slots) -> None:
-        empty = slots[self._state[slots] == EMPTY]
-        if empty.size:
-            raise ValueError(f"slots: nothing is stored in {_some(empty)}; they were never stored, or dropped")
-
-    def _check_writable(self, slots) -> None:
-        if not self._num_prepared:
-            return
-        if self._rows:  # what happens to one slot of a row may happen to all
-            slots = self._slots_of_rows(slots // self._pages_per_row)
-        fixed = slots[self._fixed[slots] > 0]
-        if fixed.size:
-            raise ValueError(f"slots: a prepared transfer holds {_some(fixed)}; close it first")
-
     def _check_disjoint(self, pointers) -> None:
         if (pointers[1:] >= pointers[:-1] + np.uint64(self.page_bytes)).all():
             return
@@ -974,16 +782,3 @@ def _check_transport(transport: str) -> str:
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
     return transport
-
-
-def _index(slots):
-    """Return what indexes an array at ``slots``: a slice where they are consecutive, which is faster."""
-    if slots.size and slots[-1] - slots[0] == slots.size - 1 and (slots[1:] > slots[:-1]).all():
-        return slice(int(slots[0]), int(slots[-1]) + 1)
-    return slots
-
-
-def _some(slots) -> str:
-    """Slots for a message."""
-    listed = ", ".join(str(int(slot)) for slot in slots[:8])
-    return f"slot {listed}" if len(slots) == 1 else f"slots {listed}{', ...' if len(slots) > 8 else ''}"

@@ -84,12 +84,11 @@ class Prepared:
         self._aligned = aligned_to(pointers, 8)
         block = self._block = pipeline._take_block(len(slots))
         block.slots[:], block.pages[:] = slots, pointers
-        block.payloads[:] = pipeline._region_addresses(slots) + pipeline._shift
+        block.payloads[:] = pipeline.table.regions(slots) + pipeline._shift
         stream = pipeline._lanes["store"].codec
         block.upload("slots", "payloads", stream)
         stream.synchronize()
-        np.add.at(pipeline._fixed, slots, 1)
-        pipeline._num_prepared += 1
+        pipeline.table.hold(slots)
 
     def launch(self) -> None:
         """Enqueue it on CuPy's current stream, which may be capturing. Compiles at the first call: warm up."""
@@ -111,8 +110,7 @@ class Prepared:
         """Let go of the slots, which keep their content. Graphs with it must not be launched again."""
         if self._block is not None:
             with self._pipeline._lock:
-                np.subtract.at(self._pipeline._fixed, self.slots, 1)
-                self._pipeline._num_prepared -= 1
+                self._pipeline.table.let_go(self.slots)
                 self._pipeline._put_block(self._block)
                 self._block = None
 

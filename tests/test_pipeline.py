@@ -397,10 +397,10 @@ def test_damage_is_named_and_contained(transport):
     pages = make_pages(16, kinds=("normal",))
     expected = through_reference(pages)
     with make_pipeline("slots", num_slots=16, transport=transport) as swap:
-        memory = swap._rows.owner
+        memory = swap.table.rows.owner
         swap.store(on_device(pages), range(16)).wait()
-        memory[5 * swap._rows.stride + 100] ^= 4
-        memory[9 * swap._rows.stride + 700] ^= 128
+        memory[5 * swap.table.rows.stride + 100] ^= 4
+        memory[9 * swap.table.rows.stride + 700] ^= 128
         out = empty_pages(16)
         load = swap.load(range(16), out)
         with pytest.raises(FormatError, match=r"2 of 16 pages are damaged: slot 5: .*; slot 9: its checksum"):
@@ -420,7 +420,7 @@ def test_damage_in_the_arena_is_named():
     pages = make_pages(8, kinds=("normal",))
     with make_pipeline() as swap:
         swap.store(on_device(pages), range(8)).wait()
-        swap._host[int(swap._address[3]) - swap._base + 200] ^= 1
+        swap._host[int(swap.table.address[3]) - swap.table.base + 200] ^= 1
         with pytest.raises(FormatError, match="1 of 8 pages are damaged: slot 3: "):
             swap.load(range(8), empty_pages(8)).wait()
 
