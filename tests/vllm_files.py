@@ -1,8 +1,8 @@
 """vLLM's own Python files, and a torch made of NumPy to run its offloading on a machine without a GPU.
 
-``python tests/vllm_files.py`` fetches the files: it downloads vLLM's wheels (0.3 GB each) from the index that pip is
-set up for and keeps what the offloading needs (3 MB each) in ``$CUSZP_VLLM_FILES`` or the user's cache. Tests do
-the same where that variable is set; else they do without.
+``python tests/vllm_files.py`` fetches the files: it downloads vLLM's wheels (0.3 GB each) from the index that pip
+is set up for and keeps what the offloading needs (3 MB each) in ``$CUSZP_VLLM_FILES`` or the user's cache. Tests
+do the same where that variable is set; else they do without.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-#: The versions that are also run on a GPU; those between keep to one contract or the other.
-VERSIONS = ("0.26.0", "0.33.0")
+#: The first and the last that the patch knows; CUSZP_VLLM_VERSIONS=0.27.1,0.28.0 tests others.
+VERSIONS = tuple(os.environ.get("CUSZP_VLLM_VERSIONS", "0.26.0,0.33.0").split(","))
 KEEP = (
     "vllm/v1/kv_offload/", "vllm/v1/kv_cache_", "vllm/v1/kv_hints.py", "vllm/v1/metrics/cache_hit_source.py",
     "vllm/distributed/kv_transfer/kv_connector/", "vllm/plugins/__init__.py", "vllm/utils/math_utils.py",
@@ -231,6 +231,7 @@ def _torch() -> Module:
     result = types.SimpleNamespace(value=0)
     runtime = types.SimpleNamespace(cudaHostRegister=lambda *a: result, cudaHostUnregister=lambda *a: result)
     torch.cuda = types.SimpleNamespace(Stream=Stream, current_stream=Stream, cudart=lambda: runtime)
+    torch.accelerator = types.SimpleNamespace(current_device_index=lambda: 0, synchronize=lambda: None)
     return torch
 
 
@@ -300,11 +301,14 @@ def offloading(version: str):
     shm.check_shm_free_space = lambda *args, **kwargs: None
     register = Module("register")
     register.host_register, register.host_unregister = (lambda *args: True), (lambda *args: True)
+    cuda_wrapper = Module("cuda_wrapper")
+    cuda_wrapper.CudaRTLibrary = lambda: types.SimpleNamespace(cudaHostRegister=lambda *args: 0)
     extensions = Module("typing_extensions")
     extensions.override, extensions.Self = (lambda f: f), object
     made |= {
         "torch": _torch(), "cupy": _cupy(), "vllm.utils.torch_utils": utils, "vllm.logger": logger,
         "vllm.distributed.device_communicators.shm_broadcast": shm,
+        "vllm.distributed.device_communicators.cuda_wrapper": cuda_wrapper,
         "vllm.v1.kv_offload.cpu.host_register": register, "typing_extensions": extensions,
     }  # fmt: skip
     try:
