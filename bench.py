@@ -4,6 +4,7 @@ With a GPU: verifies, then times the kernels beside a device copy and, where the
 nvCOMP; then the link to the host. Without one: ratio and error of the same pages through the NumPy reference.
 
 ``python bench.py swap`` measures ``SwapPipeline`` instead, and what it costs the work beside it; needs a GPU.
+``python bench.py accuracy MODEL TEXT`` measures what a compressed cache costs a language model; needs torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cuszp_cupy.bound import parse_parts
-from cuszp_cupy.evaluation import codec, machine, report, soak, speed, swap
+from cuszp_cupy.evaluation import accuracy, codec, machine, report, soak, speed, swap
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,6 +60,66 @@ def swap_parser() -> argparse.ArgumentParser:
     return result
 
 
+def accuracy_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``bench.py accuracy``."""
+    result = argparse.ArgumentParser(
+        prog="bench.py accuracy",
+        description="What a compressed KV cache costs a language model: KL, top-1, NLL and bits a value.",
+    )
+    result.add_argument("model", type=_model, help="a causal LM, the folder that save_pretrained writes")
+    result.add_argument("text", type=_text, help="a UTF-8 text")
+    result.add_argument(
+        "--context",
+        metavar="N",
+        type=int,
+        default=accuracy.CONTEXT,
+        help="tokens a window (default: %(default)s)",
+    )
+    result.add_argument(
+        "--tokens", metavar="N", type=int, help=f"in all, whole windows (default: {accuracy.TOKENS})"
+    )
+    result.add_argument(
+        "--bound",
+        metavar="B",
+        type=_bounds,
+        action="append",
+        help="instead of the usual ones: rms:0.05, or rms:0.05/rms:0.1 for K and V; can be repeated",
+    )
+    result.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{accuracy.QUICK_WINDOWS} windows and fewer bounds, unless they are given",
+    )
+    result.add_argument(
+        "--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions"
+    )
+    result.add_argument(
+        "--plot", metavar="FILE", type=_output, help="draw KL against bits a value (needs matplotlib)"
+    )
+    result.add_argument("--device", metavar="N", type=int, help="which GPU (default: the current one, 0)")
+    return result
+
+
+def _model(text: str) -> Path:
+    if not (Path(text) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text}: expected a model's folder, there is no config.json in it")
+    return Path(text)
+
+
+def _text(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return Path(text)
+
+
+def _bounds(text: str) -> str:
+    try:
+        accuracy.parse_bound(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _bound(text: str) -> str:
     try:
         parse_parts(text, 2)
@@ -88,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["swap"]:
         return swap_main(arguments[1:])
+    if arguments[:1] == ["accuracy"]:
+        return accuracy_main(arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -169,6 +232,52 @@ def swap_main(arguments: list[str]) -> int:
     console.print(report.tax_table(result["tax"]))
     console.print(report.descriptor_table(result["descriptors"]))
     for note in result["notes"]:
+        console.print(note, highlight=False, markup=False)
+    return 0
+
+
+def accuracy_main(arguments: list[str]) -> int:
+    """Run ``bench.py accuracy``; return the exit status: 1 where torch or transformers is missing."""
+    command_line = accuracy_parser()
+    options = command_line.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    missing = accuracy.missing()
+    if missing:
+        print(f"bench.py accuracy: {missing}", file=sys.stderr)
+        return 1
+    if options.plot:
+        report.pyplot()  # raises now, not after minutes of work
+    if options.device is not None:
+        if why := machine.gpu_missing():
+            command_line.error(f"--device {options.device}: {why}")
+        _use_device(command_line, options.device)
+    tokens = options.tokens or (accuracy.QUICK_WINDOWS * options.context if options.quick else accuracy.TOKENS)
+    bounds = options.bound or accuracy.default_bounds(options.quick)
+    described, notes = machine.describe(), []
+    with progress() as step:
+        step(f"the model {options.model.resolve().name}, the text {options.text.name}")
+        try:
+            model, windows = accuracy.load(
+                options.model, options.text, context=options.context, tokens=tokens, notes=notes
+            )
+        except ValueError as error:
+            command_line.error(str(error))
+        for note in notes:
+            step(note)
+        parameters = accuracy.describe(options.model, options.text, model, windows)
+        measured = accuracy.variants(bounds, accuracy.array_module(model), notes)
+        rows = accuracy.measure(model, windows, measured, step)
+    result = {
+        "machine": described, "parameters": parameters | {"quick": options.quick, "bounds": bounds},
+        "rows": rows, "equal_kl": accuracy.at_equal_kl(rows), "notes": notes,
+    }  # fmt: skip
+    if options.json:
+        report.write_json(result, options.json)
+    what = f"{parameters['model']}, {parameters['tokens']} tokens of {parameters['text']}"
+    if options.plot:
+        report.plot_accuracy(rows, what, options.plot)
+    console.print(report.accuracy_table(rows, f"{machine.title(described)}\n{what}"))
+    for note in [*report.equal_kl_lines(result["equal_kl"]), *notes]:
         console.print(note, highlight=False, markup=False)
     return 0
 

@@ -8,6 +8,10 @@ import platform
 import subprocess
 from pathlib import Path
 
+PACKAGES = (
+    "cuszp_cupy", "numpy", "ml_dtypes", "nvidia-nvcomp-cu12", "nvidia-nvcomp-cu13", "torch", "transformers",
+)  # fmt: skip
+
 
 def gpu_missing() -> str | None:
     """Return why there is no GPU to work with and what to do, in one sentence; None if there is one."""
@@ -36,10 +40,7 @@ def describe() -> dict:
         "num_cpus": os.cpu_count(),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": {
-            name: _version(name)
-            for name in ("cuszp_cupy", "numpy", "ml_dtypes", "nvidia-nvcomp-cu12", "nvidia-nvcomp-cu13")
-        },
+        "versions": {name: _version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
     }
 

@@ -35,6 +35,13 @@ TAX_CAPTION = (
     "moved meanwhile. The copy kernel has 32 blocks of 1024 threads."
 )
 
+ACCURACY_CAPTION = (
+    "bits / value: everything counted, kv with 16 bytes of metadata a page of 16 tokens; its K and V: as pages "
+    "of their own. KL: of the next-token distribution from that of the untouched cache, nats a token. top-1: the "
+    "same most likely token. ΔNLL: paired, nats a token. ±: one standard error, over windows. PPL moves within "
+    "its noise: judge by KL and top-1."
+)
+
 
 def codec_table(rows: list[dict], title: str) -> Table:
     """Return the table of ``evaluation.codec`` rows; columns of speeds only where a row has one."""
@@ -156,6 +163,44 @@ def descriptor_table(rows: list[dict]) -> Table:
     return table
 
 
+def accuracy_table(rows: list[dict], title: str) -> Table:
+    """Return the table of ``evaluation.accuracy.measure``."""
+    numbers = ("bits /\nvalue", "K", "V", "ratio", "max err\n/ eb", "KL", "±", "top-1", "±", "PPL", "ΔNLL", "±")
+    table = _table(title, ACCURACY_CAPTION, (), ("cache", "bound"), numbers)
+    patterns = (
+        ("bits_per_value", "{:.2f}"), ("k_bits_per_value", "{:.2f}"), ("v_bits_per_value", "{:.2f}"),
+        ("ratio", "{:.2f}"), ("max_error_over_eb", "{:.3f}"), ("kl", "{:.4f}"), ("kl_error", "{:.4f}"),
+        ("top1", "{:.3f}"), ("top1_error", "{:.3f}"), ("ppl", "{:.3f}"), ("nll_difference", "{:+.4f}"),
+        ("nll_difference_error", "{:.4f}"),
+    )  # fmt: skip
+    previous = None
+    for row in rows:
+        new = row["variant"] != previous
+        if new and row["bound"]:
+            table.add_section()
+        cells = [_show(row[key], pattern) for key, pattern in patterns]
+        table.add_row(row["variant"] if new else "", row["bound"] or "", *cells)
+        previous = row["variant"]
+    return table
+
+
+def equal_kl_lines(results: list[dict]) -> list[str]:
+    """Return a line for each of ``evaluation.accuracy.at_equal_kl``."""
+    lines = []
+    for result in results:
+        found = [
+            f"{result[key]:.2f} bits/value ({16 / result[key]:.2f}x) with {how}"
+            for key, how in (("bits", "one bound"), ("bits_apart", "bounds of K and V apart"))
+            if result[key] is not None
+        ]
+        lines.append(
+            f"At the KL of {result['peer']} ({result['kl']:.4f}, {result['peer_bits']:.2f} bits/value, "
+            f"{16 / result['peer_bits']:.2f}x): {result['variant']} "
+            + (", ".join(found) or "is not to be read off, the bounds lie all to one side of it")
+        )
+    return lines
+
+
 def soak_lines(result: dict) -> list[str]:
     """Return the lines that tell of ``evaluation.soak.soak``."""
     calls = ", ".join(f"{count} x {name}" for name, count in sorted(result["calls"].items()))
@@ -254,3 +299,40 @@ def plot_swap(result: dict, path: str | Path) -> None:
         axis.set(xlabel="ms", title=f"one staged {direction}, tile by tile")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
+    """Draw KL against bits/value, the rows of ``evaluation.accuracy.measure``, to ``path``.
+
+    A coding is a curve over the bounds that are one for K and V, with its other bounds as small crosses.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    rows = [row for row in rows if row["kl"]]  # what changes nothing has no place on a log axis
+    names = dict.fromkeys(row["variant"] for row in rows if row["bound"])
+    for i, name in enumerate(names):
+        own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["bits_per_value"])
+        same = [row for row in own if "/" not in row["bound"]]
+        apart = [row for row in own if "/" in row["bound"]]
+        for some, style in ((same, "o-"), (apart, "x")):
+            x = [row["bits_per_value"] for row in some]
+            axes.plot(x, [row["kl"] for row in some], style, ms=4.5, color=f"C{i}")
+        end = (same or own)[-1]
+        _label(axes, name, end, f"C{i}")
+    for row in (row for row in rows if not row["bound"]):
+        bar = {"yerr": row["kl_error"]} if row["kl_error"] < row["kl"] else {}
+        axes.errorbar(row["bits_per_value"], row["kl"], fmt="s", ms=6, color="black", capsize=2, **bar)
+        _label(axes, row["variant"], row, "black")
+    axes.set(xlabel="bits a value, everything counted (16 uncompressed)", yscale="log")
+    axes.set_ylabel("KL divergence from the untouched cache, nats a token")
+    axes.set_title(f"{title}. Crosses: K and V apart", fontsize=10)
+    axes.margins(x=0.12)
+    axes.grid(True, which="both", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _label(axes, text: str, row: dict, colour: str) -> None:
+    """Write ``text`` beside the point of a row."""
+    point = row["bits_per_value"], row["kl"]
+    axes.annotate(text, point, (7, 5), textcoords="offset points", fontsize=9, color=colour, weight="bold")
