@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from .arena import runs
 from .codec import mapped_pointer, pinned
 from .format import ROW_WORDS
+from .raw import copy as raw_copy
 
 SAMPLE_PAGES = 8  # different ones; repeated to a tile
 REPEATS = 3
+SHORT_BYTES = 2 << 10  # of copies whose time is the call's rather than the link's
 
 
 def measure(pipeline) -> dict[str, float]:
@@ -64,6 +67,14 @@ def measure(pipeline) -> dict[str, float]:
     store.codec.synchronize()
     speed["ratio"] = nbytes / int(rows[:, 1].sum(dtype=np.int64))
     speed["launch_us"] = nbytes / encode(packed, pipeline.burst_blocks, count=1) / 1e3
+    if pipeline.table.pages_per_row == 1 and pipeline.table.rows:  # no two pages go in one copy
+        scattered = np.random.default_rng(1).permutation(places)
+        pieces = host.ctypes.data + scattered, packed + places, np.full(num, min(SHORT_BYTES, slot_bytes))
+        edges = runs(*pieces)
+        to_host = gbps(
+            store.copy, lambda: raw_copy.copies(*pieces, edges, runtime.memcpyDeviceToHost, store.copy.ptr)
+        )
+        speed["copy_us"] = nbytes / to_host / num / 1e3
     pipeline._put_block(block)
     return speed
 
@@ -71,17 +82,20 @@ def measure(pipeline) -> dict[str, float]:
 def expected_us(pipeline, direction: str, num_pages: int) -> dict[str, float]:
     """Return transport -> the time to expect, in microseconds, for a batch in ``direction``.
 
-    ``staged``: its launches, the first tile's codec time, then the slower of link and codec. ``fused``: its
-    launches, then the slower of link and kernel. ``raw``: the link alone. The ratio is that of the pages stored
-    so far, or of the noise that was measured with.
+    ``staged``: its launches, the first tile's codec time, then the slowest of link, codec and, where pages lie
+    apart, a copy for each. ``fused``: its launches, then the slower of link and kernel. ``raw``: the slower of
+    link and copies. The ratio is that of the pages stored so far, or of the noise that was measured with.
     """
     speed, nbytes = pipeline.speed, num_pages * pipeline._slot_bytes
     ratio = pipeline.stats.store.ratio if pipeline.stats.store.payload_bytes else speed["ratio"]
     link = speed["d2h" if direction == "store" else "h2d"] * 1e3  # bytes a microsecond
     burst, fused = speed[f"{direction} burst"] * 1e3, speed[f"{direction} fused"] * 1e3
-    launch = speed["launch_us"]
-    times = {} if direction == "load" else {"raw": 2 * launch + nbytes / link}  # a load takes what was stored
-    times["staged"] = 4 * launch + min(nbytes, pipeline._tile_bytes) / burst + nbytes / min(ratio * link, burst)
+    launch, copies = speed["launch_us"], num_pages * speed.get("copy_us", 0.0)
+    times = {}
+    if direction == "store":  # a load takes what was stored
+        times["raw"] = 2 * launch + max(nbytes / link, copies)
+    first = min(nbytes, pipeline._tile_bytes) / burst
+    times["staged"] = 4 * launch + first + max(nbytes / min(ratio * link, burst), copies)
     times["fused"] = 2 * launch + nbytes / min(ratio * link, fused)
     return times
 
@@ -105,7 +119,8 @@ def explain(pipeline) -> str:
         head,
         f"measured: D2H {s['d2h']:.1f}, H2D {s['h2d']:.1f} GB/s; bursts: encode {s['store burst']:.0f}, "
         f"decode {s['load burst']:.0f} GB/s; {pipeline.fused_blocks} blocks on host memory: encode "
-        f"{s['store fused']:.0f}, decode {s['load fused']:.0f} GB/s; a launch {s['launch_us']:.0f} us",
+        f"{s['store fused']:.0f}, decode {s['load fused']:.0f} GB/s; a launch {s['launch_us']:.0f} us"
+        + (f"; pages lie apart, a copy takes {s['copy_us']:.1f} us" if "copy_us" in s else ""),
     ]
     sizes = [1 << i for i in range(pipeline.num_slots.bit_length())]
     for direction in ("store", "load"):

@@ -35,6 +35,7 @@ from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_poi
 TRANSPORTS = ("auto", "staged", "fused", "raw")
 BUFFERS = 4  # tiles of each direction in the ring
 TILE_BYTES = 32 << 20  # raw bytes of a tile at most
+FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCK_PAGES = 1 << 15  # pages of a call that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
 SPAN_BYTES, BATCH_SPAN_BYTES = 32 << 10, 8 << 10  # shorter copies than these, on average: the kernel reads itself
@@ -54,7 +55,8 @@ class SwapPipeline:
         arena_bytes: pinned bytes of the arena; by default enough for pages that do not shrink. A store takes
             the raw size of its pages until it has finished.
         ring_bytes: device memory at most, half each way; less where the slots need less.
-        fused_blocks: thread blocks of the fused kernels.    burst_blocks: of the staged ones (None: a page each).
+        fused_blocks: thread blocks of the fused kernels; by default as many as have 8192 threads (16 for pages
+            of 64 KiB).    burst_blocks: of the staged ones (None: a page each).
         quantile: staged stores copy as much of each region (tile or row) as this part of them took of late; a
             kernel writes what is longer.
         priority: of the streams, as in CuPy: 0 or, more urgent, negative. Kernels of a more urgent stream take
@@ -83,7 +85,7 @@ class SwapPipeline:
         host: HostRows | None = None,
         arena_bytes: int | None = None,
         ring_bytes: int = 256 << 20,
-        fused_blocks: int = 16,
+        fused_blocks: int | None = None,
         burst_blocks: int | None = None,
         quantile: float = 0.75,
         priority: int = 0,
@@ -105,7 +107,8 @@ class SwapPipeline:
         if not 0 <= quantile <= 1:
             raise ValueError(f"quantile: expected 0 to 1, got {quantile}")
         self.timing = timing
-        self.fused_blocks, self.burst_blocks = fused_blocks, burst_blocks
+        self.fused_blocks = fused_blocks or FUSED_THREADS // kv.block_threads(geometry)
+        self.burst_blocks = burst_blocks
         self.page_bytes = geometry.nbytes
         self._slot_bytes = -(-geometry.nbytes // 16) * 16
         self._device = runtime.getDevice()

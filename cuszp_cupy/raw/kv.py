@@ -109,6 +109,11 @@ def _launch(name, dtype, fast, geometry, num_pages, blocks, types, arguments) ->
     launch(name, expression, grid, threads, types, arguments, shared)
 
 
+def block_threads(geometry: Geometry) -> int:
+    """Return the threads of a block for such pages."""
+    return _threads(geometry)[0]
+
+
 @functools.lru_cache(1024)
 def _threads(geometry: Geometry) -> tuple[int, bool]:
     """Threads of a block, and whether they cover a page."""
