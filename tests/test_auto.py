@@ -1,4 +1,4 @@
-"""What ``auto`` expects of the transports, from given speeds; on a GPU the speeds are measured (test_pipeline)."""
+"""What ``auto`` expects of the transports, from given speeds; test_pipeline measures them on a GPU."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,8 @@ import pytest
 from cuszp_cupy import auto
 
 SPEED = {
-    "d2h": 55.0, "h2d": 50.0, "store burst": 1000.0, "load burst": 1000.0, "store fused": 80.0, "load fused": 60.0,
-    "ratio": 2.5, "launch_us": 10.0,
+    "d2h": 55.0, "h2d": 50.0, "store burst": 1000.0, "load burst": 1000.0, "store fused": 80.0,
+    "load fused": 60.0, "ratio": 2.5, "launch_us": 10.0,
 }  # fmt: skip
 
 
