@@ -28,10 +28,7 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from cuszp_cupy import offload
-from cuszp_cupy.arena import runs as copy_runs
 from cuszp_cupy.offload import Settings, Swap, configure
 from cuszp_cupy.pipeline import SwapPipeline
 
@@ -407,9 +404,9 @@ def _bind(connector, kinds) -> None:
                 run.kind.geometry, run.kind.dtype, run.bound, settings.coding, num_slots=run.num_slots,
                 transport=settings.transport, host=run.host, ring_bytes=(settings.ring_mb << 20) // len(runs),
             )  # fmt: skip
-            _warm(run.pipeline, run, cupy)
+            run.warm()
             if settings.verify:
-                run.verifier = offload.Verifier(run, settings.coding, settings.verify, _fetch)
+                run.verifier = offload.Verifier(run, settings.coding, settings.verify)
     _log.info(
         "cuszp_cupy in vLLM %s: %s; coding %s, transport %s, ring %d MiB%s%s",
         _installed, " | ".join(run.describe() for run in runs), settings.coding,
@@ -446,36 +443,6 @@ def _watch(worker, ours: offload.Worker) -> None:
         shutdown()
 
     worker.get_finished, worker.wait, worker.shutdown = checked_get_finished, checked_wait, closing_shutdown
-
-
-def _warm(pipeline, run: offload.Run, cupy) -> None:
-    """Compile all kernels on a page of noise, before the first request. Leaves the first row empty."""
-    noise = (
-        np.random.default_rng(0).standard_normal(run.page_bytes // 2).astype(np.float32).astype(run.kind.dtype)
-    )
-    page = cupy.asarray(noise.view(np.uint8))
-    row = np.arange(run.pages_per_row)
-    stream = cupy.cuda.get_current_stream()
-    for transport in {"fused", "staged" if pipeline.transport == "auto" else pipeline.transport}:
-        pipeline.store(np.full(row.size, page.data.ptr, np.uint64), row, stream, transport=transport).wait()
-        pipeline.load(row[:1], np.array([page.data.ptr], np.uint64), stream, transport=transport).wait()
-    pipeline.drop(row)
-    pipeline.stats = type(pipeline.stats)()
-
-
-def _fetch(addresses: np.ndarray, out: np.ndarray) -> None:
-    """Copy device pages to the rows of ``out``; waits."""
-    from cupy.cuda import runtime
-
-    places, addresses = out.ctypes.data + np.arange(len(out)) * out.strides[0], addresses.astype(np.int64)
-    first = copy_runs(places, addresses, np.full(len(out), out.strides[0]))
-    for begin, end in zip(first, [*first[1:], len(out)], strict=True):
-        pitch = int(addresses[begin + 1] - addresses[begin]) if end > begin + 1 else out.strides[0]
-        runtime.memcpy2DAsync(
-            int(places[begin]), out.strides[0], int(addresses[begin]), pitch, out.strides[0], int(end - begin),
-            runtime.memcpyDeviceToHost, 0,
-        )  # fmt: skip
-    runtime.streamSynchronize(0)
 
 
 install()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .arena import runs as copy_runs
 from .bound import parse_parts
 from .format import Geometry, check_coding
 from .pipeline import BUFFERS, TILE_BYTES, TRANSPORTS, HostRows
@@ -383,6 +384,20 @@ class Run:
         row, inside = divmod(offset, self.stride)
         return f"{', '.join(self.tensors[inside // self.tensors[0].width].names)}, chunk {row}"
 
+    def warm(self) -> None:
+        """Compile all kernels on a page of noise, before the first request. Leaves the first row empty. Waits."""
+        import cupy
+
+        noise = np.random.default_rng(0).standard_normal(self.page_bytes // 2).astype(np.float32)
+        page = cupy.asarray(noise.astype(self.kind.dtype).view(np.uint8))
+        row, pages = np.arange(self.pages_per_row), np.full(self.pages_per_row, page.data.ptr, np.uint64)
+        stream, pipeline = cupy.cuda.get_current_stream(), self.pipeline
+        for transport in {"fused", "staged" if pipeline.transport == "auto" else pipeline.transport}:
+            pipeline.store(pages, row, stream, transport=transport).wait()
+            pipeline.load(row[:1], pages[:1], stream, transport=transport).wait()
+        pipeline.drop(row)
+        pipeline.stats = type(pipeline.stats)()
+
     def describe(self) -> str:
         """Return what is compressed and how, for logs."""
         geometry, (k, v) = self.kind.geometry, self.bound
@@ -591,11 +606,10 @@ class Verifier:
 
     Args:
         run: whose pages.    share: of the loaded pages that are compared with the reference too.
-        fetch: fetch(addresses, out) copies pages from the device to rows of ``out``.
     """
 
-    def __init__(self, run: Run, coding: str, share: float, fetch):
-        self.run, self.coding, self.share, self.fetch = run, coding, share, fetch
+    def __init__(self, run: Run, coding: str, share: float):
+        self.run, self.coding, self.share = run, coding, share
         self.stored = np.empty((run.num_slots, run.page_bytes // 2), np.uint16)  # touched as pages come
         self.checked = self.compared = self.kept = 0
         self.worst = 0.0
@@ -604,7 +618,7 @@ class Verifier:
         """Copy pages that were stored."""
         for at in range(0, len(slots), 256):
             out = np.empty((len(slots[at : at + 256]), self.stored.shape[1]), np.uint16)
-            self.fetch(pages[at : at + 256], out)
+            fetch(pages[at : at + 256], out)
             self.stored[slots[at : at + 256]] = out
         self.kept += len(slots)
 
@@ -613,7 +627,7 @@ class Verifier:
         for at in range(0, len(slots), 256):
             some = slots[at : at + 256]
             loaded = np.empty((len(some), self.stored.shape[1]), np.uint16)
-            self.fetch(pages[at : at + 256], loaded)
+            fetch(pages[at : at + 256], loaded)
             self._check(some, self.stored[some], loaded)
 
     def _check(self, slots, stored, loaded) -> None:
@@ -642,6 +656,22 @@ class Verifier:
             "kept": self.kept, "checked": self.checked, "compared_with_reference": self.compared,
             "largest_error_over_bound": self.worst,
         }  # fmt: skip
+
+
+def fetch(addresses: np.ndarray, out: np.ndarray) -> None:
+    """Copy pages at device ``addresses`` to the rows of ``out``. Waits."""
+    from cupy.cuda import runtime
+
+    nbytes, addresses = out.strides[0], addresses.astype(np.int64)
+    places = out.ctypes.data + np.arange(len(out)) * nbytes
+    first = copy_runs(places, addresses, np.full(len(out), nbytes))
+    for begin, end in zip(first, [*first[1:], len(out)], strict=True):
+        pitch = int(addresses[begin + 1] - addresses[begin]) if end > begin + 1 else nbytes
+        runtime.memcpy2DAsync(
+            int(places[begin]), nbytes, int(addresses[begin]), pitch, nbytes, int(end - begin),
+            runtime.memcpyDeviceToHost, 0,
+        )  # fmt: skip
+    runtime.streamSynchronize(0)
 
 
 def error_over_eb(stored: np.ndarray, loaded: np.ndarray, kind: Kind, bound) -> np.ndarray:

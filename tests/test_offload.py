@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import time
 
 import numpy as np
@@ -58,8 +60,6 @@ class Server:
     def _copy(self, src, dst, sizes, is_src_access_order_any=False):
         self.by_vllm.append((src.copy(), dst.copy(), sizes.copy(), is_src_access_order_any))
         for to, by, size in zip(dst, src, sizes, strict=True):
-            import ctypes
-
             ctypes.memmove(int(to), int(by), int(size))
 
     def pages(self, layers, blocks, chunk_pages):
@@ -381,26 +381,30 @@ def test_thirty_two_thousand_descriptors_cost_little_host_time():
 
 
 # --- verify, counters -------------------------------------------------------------------------------------
-def verified_server(damage=lambda bits: None, coding="fixed", share=1.0) -> Server:
-    """A server with real values, NaN and Inf among them, whose pipeline codes; ``damage`` acts before checks."""
-    server = Server()
-    (run,) = server.runs
-    values = np.random.default_rng(2).standard_normal((*server.gpu.shape[:2], PAGE // 2)).astype(np.float32)
-    values[0, 1, 3], values[1, 2, :] = np.nan, np.inf
-    values[2, 1, :] = 0
-    server.gpu.view(np.uint16)[:] = (values.view(np.uint32) >> 16).astype(np.uint16)
-    run.pipeline.codec, run.pipeline.coding = True, coding
+@pytest.fixture
+def verified(monkeypatch):
+    """Make servers of real values, NaN and Inf among them, whose pipeline codes; ``damage`` acts after loads."""
 
-    def fetch(addresses, out):
-        import ctypes
+    def make(damage=lambda bits: None, coding="fixed", share=1.0) -> Server:
+        server = Server()
+        (run,) = server.runs
+        values = np.random.default_rng(2).standard_normal((*server.gpu.shape[:2], PAGE // 2)).astype(np.float32)
+        values[0, 1, 3], values[1, 2, :] = np.nan, np.inf
+        values[2, 1, :] = 0
+        server.gpu.view(np.uint16)[:] = (values.view(np.uint32) >> 16).astype(np.uint16)
+        run.pipeline.codec, run.pipeline.coding = True, coding
 
-        for address, row in zip(addresses, out, strict=True):
-            ctypes.memmove(row.ctypes.data, int(address), row.nbytes)
-        if run.verifier.kept:
-            damage(out)
+        def fetch(addresses, out):
+            for address, row in zip(addresses, out, strict=True):
+                ctypes.memmove(row.ctypes.data, int(address), row.nbytes)
+            if run.verifier.kept:
+                damage(out)
 
-    run.verifier = Verifier(run, coding, share, fetch)
-    return server
+        monkeypatch.setattr(offload, "fetch", fetch)
+        run.verifier = Verifier(run, coding, share)
+        return server
+
+    return make
 
 
 def swap_both_ways(server: Server) -> dict:
@@ -411,13 +415,13 @@ def swap_both_ways(server: Server) -> dict:
 
 
 @pytest.mark.parametrize(("coding", "share", "compared"), [("fixed", 1.0, 8), ("fixed", 0.5, 4), ("raw", 1.0, 8)])
-def test_verify_checks_every_page(coding, share, compared):
-    counts = swap_both_ways(verified_server(coding=coding, share=share))
+def test_verify_checks_every_page(verified, coding, share, compared):
+    counts = swap_both_ways(verified(coding=coding, share=share))
     assert counts.pop("largest_error_over_bound") <= 1
     assert counts == {"kept": 8, "checked": 8, "compared_with_reference": compared}
 
 
-def test_verify_finds_a_broken_bound_and_a_changed_bit():
+def test_verify_finds_a_broken_bound_and_a_changed_bit(verified):
     def set_first(value):
         def damage(bits):
             bits[-1, 0] = value
@@ -425,15 +429,15 @@ def test_verify_finds_a_broken_bound_and_a_changed_bit():
         return damage
 
     with pytest.raises(AssertionError, match=r"layers\.3\.attn, chunk 0: error / bound is "):
-        swap_both_ways(verified_server(set_first(0x7F00)))
+        swap_both_ways(verified(set_first(0x7F00)))
     with pytest.raises(AssertionError, match="error / bound is inf"):
-        swap_both_ways(verified_server(set_first(0x7FC0)))  # a NaN where there was none
+        swap_both_ways(verified(set_first(0x7FC0)))  # a NaN where there was none
 
     def flip(bits):
         bits[-1, 0] ^= 1
 
     with pytest.raises(AssertionError, match="not what the reference decodes"):
-        swap_both_ways(verified_server(flip))
+        swap_both_ways(verified(flip))
 
 
 def test_error_over_eb_is_each_parts_own():
@@ -450,8 +454,6 @@ def test_error_over_eb_is_each_parts_own():
 
 
 def test_stats_say_what_was_done(tmp_path):
-    import json
-
     server = Server(kinds={3: "raw by setting"})
     server.worker.settings, server.worker.version = Settings(stats_dir=str(tmp_path)), "0.33.0"
     gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
@@ -466,3 +468,67 @@ def test_stats_say_what_was_done(tmp_path):
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text()) == stats
     assert all(run.pipeline.closed for run in server.runs)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+# the layout of vLLM 0.33 and that of 0.26; rows that fit a tile and rows packed in parts
+@pytest.mark.parametrize(
+    ("geometry", "ring"), [(KIND.geometry, 8 << 20), (Geometry(16, 64, 2, (32, 32)), 8 * 8 * PAGE)]
+)
+def test_real_pipeline_with_verify_and_damage(geometry, ring):
+    import cupy
+
+    from cuszp_cupy.codec import pinned
+    from cuszp_cupy.pipeline import SwapPipeline
+
+    layers, blocks, chunks, each = 6, 64, 12, 4
+    stride, kind = layers * each * PAGE, Kind(geometry, "bfloat16")
+    values = np.random.default_rng(3).standard_normal((layers, blocks, PAGE // 2)).astype(np.float32)
+    values[1, 2, 5], values[2, 3] = np.nan, 0
+    gpu = cupy.asarray((values.view(np.uint32) >> 16).astype(np.uint16))
+    cpu = pinned(chunks * stride)
+    tensors = [
+        Tensor(
+            [f"layers.{i}"], kind, BOUND, gpu[i].data.ptr, blocks * PAGE, PAGE, cpu.ctypes.data + i * each * PAGE,
+            stride, each * PAGE, chunks,
+        )
+        for i in range(layers)
+    ]  # fmt: skip
+    (run,), _ = plan(tensors, ring)
+    assert run.whole_rows == (ring == 8 << 20)
+    run.pipeline = SwapPipeline(
+        geometry, "bfloat16", BOUND, num_slots=run.num_slots, transport="staged", host=run.host, ring_bytes=ring
+    )
+    run.warm()
+    run.verifier = Verifier(run, "fixed", 1.0)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    worker = Worker([run], Settings(), lambda: stream)
+    store, load = Swap(None, True), Swap(None, False)
+    store.worker = load.worker = worker
+    rng = np.random.default_rng(4)
+
+    def call(swap, blocks_, chunks_):
+        block, chunk = np.repeat([blocks_], layers, 0).ravel(), np.repeat(np.tile(chunks_, layers), each)
+        layer, j = np.repeat(np.arange(layers), len(blocks_)), np.tile(np.arange(each), len(chunk) // each)
+        device = gpu.data.ptr + (layer * blocks + block) * PAGE
+        host = cpu.ctypes.data + chunk * stride + (layer * each + j) * PAGE
+        swap(*((device, host) if swap.to_cpu else (host, device)), np.full(len(host), PAGE))
+
+    for _ in range(6):
+        some = rng.permutation(chunks)[:3]
+        call(store, rng.permutation(blocks)[: 3 * each], some)
+        call(load, rng.permutation(blocks)[: 3 * each], some)
+        stream.synchronize()
+        worker.check()
+    counts = run.verifier.counts()
+    assert counts["checked"] == counts["compared_with_reference"] == 6 * 3 * each * layers
+    assert run.pipeline.stats.store.ratio > 2 and not worker.passed
+    run.verifier = None
+    row = cpu[some[0] * stride :][:stride]
+    row[:4096] ^= 0x55  # each part starts with a page's payload
+    call(load, np.arange(each), some[:1])
+    stream.synchronize()
+    with pytest.raises(RuntimeError, match=rf"pages came back damaged .*chunk {some[0]}: "):
+        worker.check()
+    worker.close()
