@@ -317,8 +317,7 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
         for some, style in ((same, "o-"), (apart, "x")):
             x = [row["bits_per_value"] for row in some]
             axes.plot(x, [row["kl"] for row in some], style, ms=4.5, color=f"C{i}")
-        end = (same or own)[-1]
-        _label(axes, name, end, f"C{i}")
+        _label(axes, name, (same or own)[0], f"C{i}")
     for row in (row for row in rows if not row["bound"]):
         bar = {"yerr": row["kl_error"]} if row["kl_error"] < row["kl"] else {}
         axes.errorbar(row["bits_per_value"], row["kl"], fmt="s", ms=6, color="black", capsize=2, **bar)
@@ -326,7 +325,7 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
     axes.set(xlabel="bits a value, everything counted (16 uncompressed)", yscale="log")
     axes.set_ylabel("KL divergence from the untouched cache, nats a token")
     axes.set_title(f"{title}. Crosses: K and V apart", fontsize=10)
-    axes.margins(x=0.12)
+    axes.set_xlim(right=axes.get_xlim()[1] + 0.2 * max(row["bits_per_value"] for row in rows))  # room for names
     axes.grid(True, which="both", alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -335,4 +334,5 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
 def _label(axes, text: str, row: dict, colour: str) -> None:
     """Write ``text`` beside the point of a row."""
     point = row["bits_per_value"], row["kl"]
-    axes.annotate(text, point, (7, 5), textcoords="offset points", fontsize=9, color=colour, weight="bold")
+    style = {"fontsize": 9, "color": colour, "weight": "bold", "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+    axes.annotate(text, point, (7, 6), textcoords="offset points", **style)
