@@ -45,10 +45,10 @@ _log = logging.getLogger("vllm.cuszp_cupy")  # below "vllm", so that vLLM's hand
 GPU_WORKER = "vllm.v1.kv_offload.cpu.gpu_worker"
 CPU_SPEC = "vllm.v1.kv_offload.cpu.spec"
 CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker"
-OTHERS = {  # offloading that does not pass here
+OTHERS = {  # offloading that does not pass here: module -> its connector
     "vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector": "SimpleCPUOffloadConnector",
-    "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector": "LMCache",
-    "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector": "LMCache",
+    "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector": "LMCacheConnectorV1",
+    "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector": "LMCacheMPConnector",
 }
 #: module -> function -> its parameters, in the versions that are known
 SIGNATURES = {
@@ -301,7 +301,18 @@ def _patch_spec(module) -> None:
 
 
 def _patch_other(module) -> None:
-    _log.warning("%s copies on its own: its pages stay uncompressed", OTHERS[module.__name__])
+    """Say that a connector stays as it is, when one is made."""
+    name = OTHERS[module.__name__]
+
+    def make(original):
+        def __init__(self, *args, **kwargs):
+            _log.warning("cuszp_cupy: KV pages stay uncompressed: %s copies them on its own", name)
+            original(self, *args, **kwargs)
+
+        return __init__
+
+    if hasattr(module, name):
+        _replace(getattr(module, name), "__init__", make)
 
 
 _PATCHES = {
@@ -384,14 +395,18 @@ def _bind(connector, kinds) -> None:
         _leave_raw(worker, reason)
         return
     handlers = _handlers(worker)
+    if any(handler._swap_blocks_batch.worker for handler in handlers):
+        return  # registered again: vLLM keeps its worker and its memory, and so do we
     tensors = offload.tensors_of(handlers[0], kinds, settings)
     runs, raw = offload.plan(tensors, settings.ring_mb << 20)
     if not runs:
         _leave_raw(worker, "; ".join(raw))
         return
-    import cupy
     import torch
 
+    from cuszp_cupy.codec import _cupy
+
+    cupy = _cupy()  # says what to install where there is none
     region = getattr(worker, "_mmap_region", None)
     device = functools.partial(cupy.cuda.Device, handlers[0].src_tensors[0].device.index)
     ours = offload.Worker(

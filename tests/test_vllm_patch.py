@@ -251,15 +251,20 @@ def test_children_that_will_not_be_patched_are_announced(vllm, monkeypatch, capl
     assert "VLLM_PLUGINS=other: processes that vLLM spawns stay unpatched; add cuszp_cupy to it" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["simple_cpu_offload_connector", "lmcache_connector"])
-def test_offloading_that_does_not_pass_here_is_announced(vllm, name, caplog):
+@pytest.mark.parametrize("name", ["simple_cpu_offload_connector", "lmcache_connector", "lmcache_mp_connector"])
+def test_offloading_that_does_not_pass_here_is_announced_when_it_is_used(vllm, name, caplog):
     import vllm_patch
 
+    module = types.ModuleType(f"vllm.distributed.kv_transfer.kv_connector.v1.{name}")
+    connector = vllm_patch.OTHERS[module.__name__]
+    source = (vllm.folder / "/".join(module.__name__.split("."))).with_suffix(".py").read_text()
+    assert re.search(rf"(?m)^(class )?{connector}\b", source)
+    setattr(module, connector, type(connector, (), {}))
     with caplog.at_level(logging.WARNING):
-        module = types.ModuleType(f"vllm.distributed.kv_transfer.kv_connector.v1.{name}")
         vllm_patch._PATCHES[module.__name__](module)
-    assert re.search(r"(SimpleCPUOffloadConnector|LMCache) copies on its own: its pages stay", caplog.text)
-    assert (vllm.folder / "/".join(module.__name__.split("."))).with_suffix(".py").exists()
+        assert connector not in caplog.text
+        getattr(module, connector)()
+    assert f"KV pages stay uncompressed: {connector} copies them on its own" in caplog.text
 
 
 # --- a whole worker -----------------------------------------------------------------------------------------
@@ -328,6 +333,7 @@ class Engine:
             spec=self.spec, kv_cache_config=config, vllm_config=None, worker=None, _load_jobs={},
             _unsubmitted_store_jobs=[], _connector_worker_meta=types.SimpleNamespace(),
         )  # fmt: skip
+        self.caches = caches
         self.connector.register_kv_caches(caches)
         self.worker = self.connector.worker
 
@@ -384,6 +390,17 @@ def test_pages_go_to_the_pipeline_and_come_back(vllm, monkeypatch, blocks_per_ch
         np.testing.assert_array_equal(engine.gpu[:, 5], before[:, 2 + blocks_per_chunk])
     (stats,) = engine.patch.stats()
     assert stats["pipelines"][0]["store"]["pages"] == LAYERS * num and stats["passed_through"] == {}
+
+
+def test_registering_again_keeps_what_is_stored(vllm, monkeypatch):
+    engine = Engine(vllm, monkeypatch)
+    before = engine.gpu.copy()
+    engine.swap("store", [1, 2], [3])
+    engine.connector.register_kv_caches(engine.caches)
+    engine.gpu[:] = 0
+    engine.swap("load", [6, 7], [3])
+    np.testing.assert_array_equal(engine.gpu[:, 6:8], before[:, 1:3])
+    assert len(engine.pipelines) == 1
 
 
 def test_expedited_loads_are_urgent(vllm, monkeypatch):

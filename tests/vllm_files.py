@@ -250,6 +250,7 @@ def _cupy() -> Module:
 
     cupy.asarray = asarray
     cupy.cuda = Module("cupy.cuda")
+    cupy.cuda.runtime = types.SimpleNamespace(getDevice=lambda: 0)
     cupy.cuda.Device, cupy.cuda.get_current_stream = contextlib.nullcontext, Stream
     return cupy
 
