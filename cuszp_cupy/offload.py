@@ -312,7 +312,7 @@ class Run:
         ring_bytes: the pipeline's.
 
     Raises:
-        ValueError: no page fits the ring.
+        ValueError: no page fits the ring, or none is aligned as the pipeline needs it.
     """
 
     def __init__(self, tensors: list[Tensor], ring_bytes: int):
@@ -320,6 +320,8 @@ class Run:
         self.tensors, self.kind, self.bound = tensors, first.kind, first.bound
         self.page_bytes, self.base, self.stride = first.page_bytes, first.cpu, first.stride
         self.num_rows, self.row_pages = first.num_rows, len(tensors) * first.width // first.page_bytes
+        if self.base % 16 or self.stride % 16:
+            raise ValueError("CPU memory whose pages or rows are no multiples of 16 bytes apart")
         room = min(TILE_BYTES, ring_bytes // (2 * BUFFERS)) // self.page_bytes
         parts = [n for n in range(1, min(self.row_pages, room) + 1) if self.row_pages % n == 0]
         fit = [n for n in parts if n == self.row_pages or self.stride % (n * self.page_bytes) == 0]

@@ -194,6 +194,11 @@ def test_tensors_of_one_sort_side_by_side_share_a_pipeline():
     assert server.worker.passed == {"raw by setting": [8, 8 * PAGE]}
 
 
+def test_rows_that_are_not_aligned_stay_raw():
+    runs, raw = plan(Server(after=8).tensors, 1 << 20)
+    assert not runs and raw == {"CPU memory whose pages or rows are no multiples of 16 bytes apart": 4}
+
+
 def test_no_more_than_four_pipelines():
     kinds = {i: Kind(KIND.geometry, "float16") for i in range(1, 12, 2)}
     server = Server(layers=12, kinds=kinds)
