@@ -101,8 +101,8 @@ non-finite values and -0.0 come back bit for bit.
     payload  | width codes, 4 bits a group, low nibble first, zero-padded to 16 bytes | words of group 0, 1, ... |
 
     A value with q = 0 comes back as -0.0 if its sign bit was stored, which is what -0.0 needs.
-    Coding ``raw``: the page's bytes. An encoder must use ``raw`` unless ``fixed`` is smaller, and if asked for
-    ``entropy`` must use it where it is allowed (2.11) and smaller than either.
+    Coding ``raw``: the page's bytes. An encoder must use ``raw`` unless ``fixed`` is smaller. Asked for
+    ``entropy``, it must use that instead of ``fixed`` where it is allowed (2.11) and smaller than ``fixed``.
 
 2.6 Encoder arithmetic (float32, one rounding to nearest even for each q; results are the same in any
     precision that keeps the products exact)::
@@ -208,7 +208,7 @@ MAGIC = b"kv"
 VERSION = 1
 DTYPES = ("float16", "bfloat16")  # index = dtype byte
 CODINGS = ("raw", "fixed", "entropy")  # index = coding nibble
-KERNEL_CODINGS = ("raw", "fixed")  # those that the GPU kernels know
+CODEC_CODINGS = ("raw", "fixed")  # those that encode_pages and SwapPipeline know
 HEADER_BYTES = 32
 ROW_WORDS = 4
 TILE_TOKENS = 16
@@ -280,10 +280,14 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def check_coding(coding: str, known: tuple[str, ...] = KERNEL_CODINGS) -> str:
+def check_coding(coding: str, known: tuple[str, ...] = CODEC_CODINGS) -> str:
     """Return ``coding`` if it is among ``known`` codings of stream ``kv``; else raise ValueError."""
     if coding not in known:
-        where = "; the GPU kernels do not know it yet, reference.py does" if coding in CODINGS else ""
+        where = (
+            "; encode_pages and SwapPipeline do not know it yet, reference.encode_page does"
+            if coding in CODINGS
+            else ""
+        )
         raise ValueError(f"coding: expected one of {', '.join(known)}, got {coding!r}{where}")
     return coding
 

@@ -255,7 +255,7 @@ def encode_page(
         payload = _encode_fixed(groups, dtype, geometry, steps)
         if len(payload) < len(smallest[2]):
             smallest = ("fixed", steps, payload)
-    if steps is not None and coding == "entropy":
+    if smallest[0] == "fixed" and coding == "entropy":
         payload = _encode_entropy(groups, dtype, geometry, steps, tables)
         if payload is not None and len(payload) < len(smallest[2]):
             smallest = ("entropy", steps, payload)

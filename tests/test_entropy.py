@@ -1,5 +1,6 @@
 """Coding ``entropy`` of stream ``kv`` in the reference: bytes, bound, rate, tables, damage (format.py, 2.9)."""
 
+import importlib
 import zlib
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ from cuszp_cupy.format import (
     checksum,
     step_size,
     stream_lanes,
+    unpack_word1,
 )
 from cuszp_cupy.pipeline import SwapPipeline
 from cuszp_cupy.reference import calibrate, decode_page, encode_page
@@ -284,16 +286,18 @@ def test_zeros_keep_their_sign_where_one_is_negative():
     assert_same_bits(decode_page(blob), fixed)
 
 
-KERNELS_REFUSE = "coding: expected one of raw, fixed, got 'entropy'; the GPU kernels do not know it yet"
+KERNELS_REFUSE = (
+    "coding: expected one of raw, fixed, got 'entropy'; encode_pages and SwapPipeline do not know it yet"
+)
 
 
-def test_the_kernels_refuse_the_coding_until_they_know_it():
+def test_the_codec_refuses_the_coding_until_it_knows_it():
     with pytest.raises(ValueError, match=KERNELS_REFUSE):
         codec.encode_pages(np.zeros((1, 16, 4), FLOAT16), coding="entropy")
 
 
 @pytest.mark.gpu
-def test_the_pipeline_refuses_the_coding_until_the_kernels_know_it():
+def test_the_pipeline_refuses_the_coding_until_it_knows_it():
     with pytest.raises(ValueError, match=KERNELS_REFUSE):
         SwapPipeline(Geometry(16, 4), "float16", "rms:0.05", "entropy", num_slots=4)
 
@@ -542,3 +546,198 @@ def test_rate_on_the_sample(target, small, large):
     assert small - 0.5 < (k + v) / 2 <= small  # far less would mean that something is not counted
     packed = data.packed_pages(heads=8, head_size=128)[::6]
     assert large - 0.5 < bits_at(packed, target, Geometry(16, 2048, parts=(128, 128))) <= large
+
+
+# --- kernels ----------------------------------------------------------------------------------------------
+#: Why each: one lane; K|V as vLLM lays them out, one stream and two; parts within one stream; a last stream of
+#: one group; more streams than warps; flat with a tail; flat with parts; one value.
+GEOMETRIES = [
+    Geometry(16, 2),
+    Geometry(16, 512, parts=(64, 64)),
+    Geometry(16, 2048, parts=(128, 128)),
+    Geometry(32, 48, outer=2, parts=(2, 6)),
+    Geometry(16, 1026),
+    Geometry(16, 4800),
+    Geometry(7, 333),
+    Geometry(3, 192, parts=(64, 32)),
+    Geometry(1, 1),
+]
+
+
+def real_pages(geometry, dtype, seed) -> np.ndarray:
+    """Three pages of real values, of which the last one came back from fixed and has NaN, Inf and an outlier."""
+    values = np.concatenate([kind.ravel() for kind in data.kv_pages(dtype=dtype).values()])
+    at = np.random.default_rng(seed).integers(values.size, size=3)
+    pages_ = np.stack([np.resize(np.roll(values, i), geometry.values).reshape(geometry.shape) for i in at])
+    pages_[2] = decode_page(encode_page(pages_[2], "rms:0.2", geometry=geometry))
+    last = pages_[2].reshape(-1)
+    last[[0, last.size // 2, last.size // 3]] = np.nan, np.inf, 1000
+    return pages_
+
+
+class OnGpu:
+    """Blobs of pages, and pages of blobs, through the kernels' launch functions alone."""
+
+    def __init__(self, geometry, dtype, tables=BUILT_IN, shift=0):
+        self.cupy = pytest.importorskip("cupy")
+        self.kernels = importlib.import_module("cuszp_cupy.raw.kv")
+        self.geometry, self.dtype, self.tables, self.shift = geometry, np.dtype(dtype), tables, shift
+        self.common = (self.dtype.name, geometry)
+        self.memory = self.cupy.asarray(self.kernels.entropy_tables(tables))
+        self.keywords = {"aligned": shift % 4 == 0, "blocks": 2}  # so that each block takes more than one page
+
+    def _rows(self, n, nbytes):
+        memory = self.cupy.full((n, -(-nbytes // 16) * 16 + 16), 0xA5, self.cupy.uint8)
+        return memory, memory.data.ptr + np.arange(n, dtype=np.uint64) * memory.shape[1]
+
+    def encode(self, pages_, bound, shared_region=False) -> list[bytes]:
+        cupy, kernels, n = self.cupy, self.kernels, len(pages_)
+        source, addresses = self._rows(n, self.geometry.nbytes + self.shift)
+        bits = np.ascontiguousarray(pages_).view(np.uint8).reshape(n, -1)
+        source[:, self.shift : self.shift + bits.shape[1]] = cupy.asarray(bits)
+        addresses = cupy.asarray(addresses + np.uint64(self.shift))
+        slots, slot_addresses = self._rows(n, kernels.entropy_slot_bytes(self.geometry))
+        slot_addresses = cupy.asarray(slot_addresses)
+        payloads, payload_addresses = self._rows(n, self.geometry.nbytes)
+        if shared_region:
+            payload_addresses[:] = payload_addresses[0]
+        cursors = cupy.zeros(1, cupy.uint32)
+        fixed_rows, rows = (cupy.zeros((n, 4), cupy.uint32) for _ in range(2))
+        bounds = reference.parse_parts(bound, len(self.geometry.part_values))
+        kernels.encode(
+            addresses.data.ptr,
+            slot_addresses.data.ptr,
+            fixed_rows.data.ptr,
+            n,
+            *self.common,
+            bounds,
+            aligned=False,
+        )
+        destination = cupy.asarray(payload_addresses)
+        kernels.encode_entropy(
+            addresses.data.ptr, fixed_rows.data.ptr, slot_addresses.data.ptr, destination.data.ptr,
+            rows.data.ptr, n, *self.common, self.tables, self.memory.data.ptr,
+            cursors_ptr=cursors.data.ptr if shared_region else 0, **self.keywords,
+        )  # fmt: skip
+        slots, payloads, rows = slots.get(), payloads.get(), rows.get()
+        assert (slots[:, -16:] == 0xA5).all()
+        blobs = []
+        for i, (word1, size, check, place) in enumerate(rows.tolist()):
+            assert shared_region or (payloads[i, -(-size // 16) * 16 :] == 0xA5).all()
+            start = 16 * place if shared_region else i * payloads.shape[1]
+            coding, steps = unpack_word1(word1, self.geometry)
+            header = PageHeader(self.dtype.name, self.geometry, coding, steps, size, check, word1 >> 24)
+            blobs.append(header.pack() + payloads.reshape(-1)[start : start + size].tobytes())
+        if shared_region:
+            assert int(cursors.get()[0]) == sum(-(-row[1] // 16) for row in rows.tolist())
+        return blobs
+
+    def decode(self, blobs) -> tuple[np.ndarray, np.ndarray]:
+        cupy, n = self.cupy, len(blobs)
+        payloads, addresses = self._rows(n, max(len(blob) for blob in blobs))
+        rows = np.zeros((n, 4), np.uint32)
+        for i, blob in enumerate(blobs):
+            rows[i, :3] = np.frombuffer(blob[:HEADER_BYTES], "<u4")[[1, 6, 7]]
+            payloads[i, : len(blob) - HEADER_BYTES] = cupy.asarray(np.frombuffer(blob, np.uint8)[HEADER_BYTES:])
+        pages_, page_addresses = self._rows(n, self.geometry.nbytes + self.shift)
+        addresses, rows = cupy.asarray(addresses), cupy.asarray(rows)
+        page_addresses = cupy.asarray(page_addresses + np.uint64(self.shift))
+        status = cupy.full(n, 77, cupy.uint32)
+        pointers = (addresses.data.ptr, rows.data.ptr, page_addresses.data.ptr, status.data.ptr, n)
+        self.kernels.decode(*pointers, *self.common, aligned=False)
+        self.kernels.decode_entropy(*pointers, *self.common, self.tables, self.memory.data.ptr, **self.keywords)
+        memory, size = pages_.get(), self.geometry.nbytes
+        assert (memory[:, : self.shift] == 0xA5).all() and (memory[:, self.shift + size :] == 0xA5).all()
+        values = np.ascontiguousarray(memory[:, self.shift : self.shift + size]).view(self.dtype)
+        return values.reshape(n, *self.geometry.shape), status.get()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_kernels_equal_reference(geometry, dtype):
+    codings = set()
+    for seed, bound in enumerate(["rms:0.05", "rms:0.3", "rel:0.0002", "abs:0.02"]):
+        pages_ = real_pages(geometry, dtype.name, seed)
+        gpu = OnGpu(geometry, dtype, shift=2 * (seed % 2))
+        expected = [entropy(page, bound, geometry=geometry) for page in pages_]
+        assert gpu.encode(pages_, bound) == expected
+        assert gpu.encode(pages_, bound, shared_region=True) == expected
+        values, status = gpu.decode(expected)
+        assert not status.any()
+        for blob, page in zip(expected, values, strict=True):
+            assert_same_bits(page, decode_page(blob))
+            codings.add(PageHeader.parse(blob).coding)
+    assert geometry.values < 64 or "entropy" in codings
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_equal_reference_for_every_pattern(dtype):
+    groups = np.random.default_rng(0).permutation(EVERY_PATTERN.reshape(-1, 32))
+    page = token_layout(groups).view(dtype)
+    gpu = OnGpu(Geometry(*page.shape), dtype)
+    for exponent in range(-14, 8, 3):
+        expected = entropy(page, 2.0**exponent)
+        assert gpu.encode(page[None], 2.0**exponent) == [expected]
+        values, status = gpu.decode([expected])
+        assert not status.any()
+        assert_same_bits(values[0], decode_page(expected))
+
+
+@pytest.mark.gpu
+def test_kernels_equal_reference_with_calibrated_tables(calibrated):
+    pages_ = data.kv_pages()["K"][16:24]
+    packed, geometry = data.packed_pages(heads=15, head_size=64)[:3], Geometry(16, 1920, parts=(64, 64))
+    for tables, batch, shape in (
+        (calibrated, pages_, Geometry(16, 192)),
+        (calibrate(pages_, hints=False), pages_, Geometry(16, 192)),
+        (calibrate(packed, geometry=geometry), packed, geometry),
+    ):
+        gpu = OnGpu(shape, BFLOAT16, tables)
+        expected = [entropy(page, geometry=shape, tables=tables) for page in batch]
+        assert gpu.encode(batch, "rms:0.05") == expected
+        values, status = gpu.decode(expected)
+        assert not status.any()
+        for blob, page in zip(expected, values, strict=True):
+            assert_same_bits(page, decode_page(blob, tables=tables))
+        assert (OnGpu(shape, BFLOAT16).decode(expected)[1] == 8).all()  # other tables
+
+
+@pytest.mark.gpu
+def test_kernels_refuse_what_the_reference_refuses():
+    """Altered and foreign payloads under a checksum that fits: no crash, nothing outside, the same verdict."""
+    rng = np.random.default_rng(0)
+    sources = [
+        entropy(kind[i], bound)
+        for kind in data.kv_pages().values()
+        for i in (0, 9)
+        for bound in ("rms:0.02", "rms:0.5")
+    ]
+    blobs, verdicts = [], []
+    while len(blobs) < 400:
+        source = sources[len(blobs) % len(sources)]
+        payload = bytearray(source[HEADER_BYTES:])
+        way = rng.integers(4)
+        if way == 0:
+            payload[rng.integers(len(payload))] ^= 1 << rng.integers(8)
+        elif way == 1:
+            payload[rng.integers(64)] = rng.integers(256)
+        elif way == 2:
+            payload = payload[: len(payload) // 8 * 4]
+            payload[2:4] = (len(payload) // 2 - 2).to_bytes(2, "little")
+        else:
+            payload[4:] = rng.bytes(len(payload) - 4)
+        blobs.append(sealed(bytes(payload), PageHeader.parse(source)))
+        try:
+            verdicts.append(decode_page(blobs[-1]))
+        except FormatError:
+            verdicts.append(None)
+    values, status = OnGpu(Geometry(16, 192), BFLOAT16).decode(blobs)
+    assert [v is None for v in verdicts] == (status != 0).tolist() and 10 < (status == 0).sum() < 390
+    for page, verdict in zip(values, verdicts, strict=True):
+        if verdict is not None:
+            assert_same_bits(page, verdict)
+    broken = bytearray(sources[0])
+    broken[100] ^= 1
+    assert OnGpu(Geometry(16, 192), BFLOAT16).decode([bytes(broken)])[1].tolist() == [4]

@@ -8,15 +8,29 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
+
 from ..bound import Bound
-from ..format import CODINGS, DTYPES, LOWEST_STEP, STEP_LIMIT, TILE_TOKENS, Geometry, step_number
+from ..format import (
+    CODINGS,
+    DTYPES,
+    LOWEST_STEP,
+    NUM_SYMBOLS,
+    STEP_LIMIT,
+    TABLE_TOTAL,
+    TILE_TOKENS,
+    Geometry,
+    step_number,
+)
 from . import MOST_SHARED, launch
 
 MAX_THREADS = 512  # as in kv_common.cuh; each thread takes two groups
 KERNELS = {
     name: tuple(f"{name}<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false"))
-    for name in ("kv_encode", "kv_decode")
+    for name in ("kv_encode", "kv_decode", "kv_entropy_encode", "kv_entropy_decode")
 }
+ENTROPY_WARPS = 4  # as in kv_entropy.cuh; each warp takes a stream
+DECODE_BYTES, PART_BYTES = 11088, 12784  # as there: tables of a part, for the decoder, and for both
 _KINDS = {"abs": 0, "rel": 1, "rms": 2}
 
 
@@ -98,6 +112,130 @@ def decode(
         "kv_decode", dtype, fast, geometry, num_pages, blocks, "Q" * 16,
         (payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages, *_geometry_arguments(geometry)),
     )  # fmt: skip
+
+
+def encode_entropy(
+    pages_ptr: int,
+    fixed_rows_ptr: int,
+    slots_ptr: int,
+    payloads_ptr: int,
+    rows_ptr: int,
+    num_pages: int,
+    dtype: str,
+    geometry: Geometry,
+    tables,
+    tables_ptr: int,
+    *,
+    aligned: bool,
+    blocks: int | None = None,
+    regions_ptr: int = 0,
+    cursors_ptr: int = 0,
+) -> None:
+    """Encode ``num_pages`` pages with coding ``entropy``, after ``encode`` has put them in slots with ``fixed``.
+
+    Args:
+        pages_ptr, payloads_ptr, rows_ptr, num_pages, dtype, geometry, blocks, regions_ptr, cursors_ptr: as in
+            ``encode``.
+        fixed_rows_ptr: the rows that ``encode`` wrote, given no cursors.
+        slots_ptr: device or mapped address of uint64[num_pages], the slots that ``encode`` was given as payloads:
+            ``entropy_slot_bytes`` each, in device memory, 16-byte aligned.
+        tables: the ``Tables``.
+        tables_ptr: device address of ``entropy_tables(tables)``, 16-byte aligned.
+        aligned: whether every page address is a multiple of 4.
+    """
+    _launch_entropy(
+        "kv_entropy_encode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
+        (pages_ptr, fixed_rows_ptr, slots_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr),
+        PART_BYTES - DECODE_BYTES, 4096,
+    )  # fmt: skip
+
+
+def decode_entropy(
+    payloads_ptr: int,
+    rows_ptr: int,
+    pages_ptr: int,
+    status_ptr: int,
+    num_pages: int,
+    dtype: str,
+    geometry: Geometry,
+    tables,
+    tables_ptr: int,
+    *,
+    aligned: bool,
+    blocks: int | None = None,
+) -> None:
+    """Decode those pages that have coding ``entropy``, after ``decode`` has decoded the others.
+
+    Args:
+        payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages, dtype, geometry, aligned, blocks: as in
+            ``decode``, which leaves these pages with a status that says that their row is bad.
+        tables, tables_ptr: as in ``encode_entropy``.
+    """
+    _launch_entropy(
+        "kv_entropy_decode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
+        (payloads_ptr, rows_ptr, pages_ptr, status_ptr), DECODE_BYTES, 2048,
+    )  # fmt: skip
+
+
+def entropy_slot_bytes(geometry: Geometry) -> int:
+    """Bytes of a slot of ``encode_entropy``, a multiple of 16."""
+    streams = -(-4 * len(geometry.streams) // 16) * 16
+    return -(-geometry.nbytes // 16) * 16 + 64 * geometry.groups + streams
+
+
+def entropy_tables(tables) -> np.ndarray:
+    """Return what the kernels read of ``Tables``, as uint8: for each part, then the hints (kv_entropy.cuh)."""
+    memory = [_part_tables(tables, part) for part in range(2)]
+    if tables.hints is not None:
+        memory.append(tables.hints.ravel().view(np.uint8))
+    return np.concatenate(memory)
+
+
+def _part_tables(tables, part: int) -> np.ndarray:
+    empty = np.zeros((1, NUM_SYMBOLS), np.uint16)
+    empty[0, 0] = TABLE_TOTAL
+    rows = [*empty, *tables.symbols[part], tables.classes[part]]
+    slots = np.concatenate([np.repeat(np.arange(row.size), row) for row in rows]).astype(np.uint8)
+    f = np.concatenate(rows).astype(np.uint64)
+    c = np.concatenate([np.cumsum(row) - row for row in rows]).astype(np.uint64)
+    # x // F for x < 2^31 = (x * factor >> 32) >> shift. For F = 1 this is x - 1, put right by what is added.
+    k = np.maximum(np.ceil(np.log2(np.maximum(f, 1))), 1).astype(np.uint64)
+    factor = -(-(np.uint64(1) << (k + np.uint64(31))).astype(object) // np.maximum(f, 1).astype(object))
+    factor = np.where(f > 1, factor, 2**32 - 1).astype(np.uint64)
+    added = c + np.where(f == 1, np.uint64(TABLE_TOTAL - 1), np.uint64(0))
+    divide = np.stack([factor, f | added << np.uint64(11) | (k - np.uint64(1)) << np.uint64(22)], axis=1)
+    memory = np.zeros(PART_BYTES, np.uint8)
+    memory[: slots.size] = slots
+    frequencies = (f | c << np.uint64(16)).astype("<u4").view(np.uint8)
+    memory[slots.size : slots.size + frequencies.size] = frequencies
+    divide = divide.astype("<u4").ravel().view(np.uint8)
+    memory[DECODE_BYTES : DECODE_BYTES + divide.size] = divide
+    return memory
+
+
+def _launch_entropy(
+    name, dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr, pointers, part_bytes, warp_bytes
+) -> None:
+    assert num_pages > 0 and tables_ptr % 16 == 0
+    tables.check_geometry(geometry)
+    same = geometry.parts is None or _parts_are_equal(tables)
+    hints_ptr = 0 if tables.hints is None else tables_ptr + 2 * PART_BYTES
+    warps = min(len(geometry.streams), ENTROPY_WARPS)
+    fast = aligned and not geometry.flat
+    launch(
+        name, f"{name}<{dtype}, {'true' if fast else 'false'}>", min(num_pages, blocks or num_pages), 32 * warps,
+        "Q" * (len(pointers) + 17),
+        (
+            *pointers, num_pages, tables_ptr, hints_ptr, tables.id, tables.digest, 1 if same else 2,
+            *_geometry_arguments(geometry),
+        ),
+        part_bytes * (1 if same else 2) + warp_bytes * warps,
+    )  # fmt: skip
+
+
+@functools.lru_cache(64)
+def _parts_are_equal(tables) -> bool:
+    return bool((tables.classes[0] == tables.classes[1]).all() and (tables.symbols[0] == tables.symbols[1]).all())
 
 
 def _launch(name, dtype, fast, geometry, num_pages, blocks, types, arguments) -> None:

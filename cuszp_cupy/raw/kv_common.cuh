@@ -11,12 +11,14 @@ typedef unsigned long long u64;
 #define STEP_LIMIT 400
 #define CODING_RAW 0u
 #define CODING_FIXED 1u
+#define CODING_ENTROPY 2u
 #define PAYLOAD_INDEX 8u     // 2.2: index of payload word 0
 #define MAX_THREADS 512
 #define MAX_WARPS 16
 #define FULL 0xffffffffu
 #define MAGIC_FLOAT 8388608.0f   // 2^23: an integer below 2^23 added to it stands in the low bits of the sum
 #define MAGIC_BITS 0x4b000000u
+#define MAGNITUDE_MASK 0x1fffu   // magnitudes below 2^13
 
 struct float16 {};
 struct bfloat16 {};
@@ -119,6 +121,27 @@ struct alignas(16) Grid {
     }
 };
 
+// 2.6: |x| to 2^23 + q as a float's bits. Not below 2^23 + 2^13 where q is too large or x not finite.
+struct Quantiser {
+    float step, inverse, inverse_pow2, shifted;
+
+    __device__ explicit Quantiser(int s) {
+        const int m = s & 3;   // + 4; 1 / step is the rounded 1 / m, scaled
+        step = Grid(s).step;
+        inverse = (m == 0 ? 1 / 4.0f : m == 1 ? 1 / 5.0f : m == 2 ? 1 / 6.0f : 1 / 7.0f) *
+                  __uint_as_float((u32)(129 - (s >> 2)) << 23);
+        inverse_pow2 = __uint_as_float((u32)(127 - (s >> 2)) << 23);
+        shifted = MAGIC_FLOAT - 8.0f * (s & 3);
+    }
+    // 2.5: whether a group with the magnitude x needs its storage bits kept.
+    template <typename T> __device__ bool escapes(float x) const {
+        return (*this)(x) & ~(MAGIC_BITS | MAGNITUDE_MASK) || !(__fadd_rn(x, step) <= Storage<T>::largest);
+    }
+    __device__ u32 operator()(float x) const {
+        return __float_as_uint(fmaxf(__fmaf_rn(x, inverse, MAGIC_FLOAT), __fmaf_rn(x, inverse_pow2, shifted)));
+    }
+};
+
 // 2.2. Terms are added up in 64 bits (a term has up to 58), and folded when there are many: 2^32 = 5 mod 2^32 - 5.
 __device__ inline u64 term(u32 word, u32 index) { return (u64)word * ((index + 1) * 0x9E3779B1u & 0x3ffffffu | 1u); }
 __device__ inline u64 term4(uint4 w, u32 index) {
@@ -195,6 +218,11 @@ __device__ inline u32 block_scan(u32 v, u32* shared, u32& total) {
 // buffer nine tenths of the link.
 __device__ inline void store16(u32* p, uint4 w) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+}
+
+// Takes room for a payload from its region and returns where it is; 0 if payloads have slots of their own.
+__device__ inline u32 reserve(u32 bytes, u32 index, const u32* regions, u32* cursors) {
+    return cursors ? atomicAdd(&cursors[regions ? regions[index] : 0], (bytes + 15) / 16) : 0;
 }
 
 // Two values of memory that is only 2-byte aligned.

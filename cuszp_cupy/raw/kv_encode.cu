@@ -23,7 +23,6 @@
 #define KIND_REL 1
 #define KIND_RMS 2
 #define NO_STEP (-1000)          // the page must be raw
-#define MAGNITUDE_MASK 0x1fffu   // magnitudes below 2^13
 #define INFINITE_BITS 0x7f800000u
 
 struct PartBound {
@@ -67,27 +66,6 @@ __device__ inline u32 fineness(float x) {
     const u32 b = __float_as_uint(x) & 0x7fffffffu;
     return b == 0 ? 0 : 1150 - (b >> 23) - (__ffs((b & 0x7fffffu) | 0x800000u) - 1);
 }
-
-// 2.6: |x| to 2^23 + q as a float's bits. Not below 2^23 + 2^13 where q is too large or x not finite.
-struct Quantiser {
-    float step, inverse, inverse_pow2, shifted;
-
-    __device__ explicit Quantiser(int s) {
-        const int m = s & 3;   // + 4; 1 / step is the rounded 1 / m, scaled
-        step = Grid(s).step;
-        inverse = (m == 0 ? 1 / 4.0f : m == 1 ? 1 / 5.0f : m == 2 ? 1 / 6.0f : 1 / 7.0f) *
-                  __uint_as_float((u32)(129 - (s >> 2)) << 23);
-        inverse_pow2 = __uint_as_float((u32)(127 - (s >> 2)) << 23);
-        shifted = MAGIC_FLOAT - 8.0f * (s & 3);
-    }
-    // 2.5: whether a group with the magnitude x needs its storage bits kept.
-    template <typename T> __device__ bool escapes(float x) const {
-        return (*this)(x) & ~(MAGIC_BITS | MAGNITUDE_MASK) || !(__fadd_rn(x, step) <= Storage<T>::largest);
-    }
-    __device__ u32 operator()(float x) const {
-        return __float_as_uint(fmaxf(__fmaf_rn(x, inverse, MAGIC_FLOAT), __fmaf_rn(x, inverse_pow2, shifted)));
-    }
-};
 
 // 2.7: the step number for two_eb 2^exponent, or for its square. Positive doubles are compared by their bits.
 __device__ inline int step_number(double two_eb, int exponent, bool squared) {
@@ -397,11 +375,6 @@ __device__ void choose_step(u32 p, const PartBound& bound, Shared& shared) {
         for (int d = 0; d < 9; d++) candidates |= (u32)(abs(s + 4 - d) <= STEP_LIMIT) << d;
         atomicOr(&shared.maybe_seen, candidates << 9 * p);
     }
-}
-
-// Takes room for a payload from its region and returns where it is; 0 if payloads have slots of their own.
-__device__ inline u32 reserve(u32 bytes, u32 index, const u32* regions, u32* cursors) {
-    return cursors ? atomicAdd(&cursors[regions ? regions[index] : 0], (bytes + 15) / 16) : 0;
 }
 
 // Copies the page as it is. Returns this thread's part of the checksum.

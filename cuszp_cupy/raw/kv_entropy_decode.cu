@@ -1,0 +1,222 @@
+// kv_entropy_decode: decodes those pages of a batch that have coding entropy; kv_decode has to come before it, since
+// it decodes the others and writes a status of all. One thread block a page at a time, one warp a stream.
+//
+//   in   payloads, rows, pages, status, geometry   as for kv_decode; payloads in device memory (mapped host memory is
+//        right, too, but read in small pieces)
+//   in   tables    the tables of both parts (kv_entropy.cuh); tables_id and digest of format.py 2.12; parts_in_tables:
+//        1 where both parts have the same
+//   in   hints     int8 o and f of each pair of channels, or null
+//   out  status    of pages of this coding: 0 good; 1 the row, 2 the streams, 4 the checksum, 8 other tables (bits may
+//        add up)
+//   FAST: token groups, pages 4-byte aligned
+//   grid any (pages are taken in turn)     block  32 to ENTROPY_THREADS     shared  DECODE_BYTES a part in tables and
+//        2048 bytes a warp
+//
+// Guarantee: the page that reference.decode_page returns. Whatever row, payload and tables of right size hold, nothing
+// outside the payload and the page is touched; a page whose row or checksum is wrong is not written at all.
+// Format: sections 2.9 to 2.12.
+#include "kv_entropy.cuh"
+
+#define BAD_ROW 1u
+#define BAD_STREAMS 2u
+#define BAD_CHECKSUM 4u
+#define BAD_TABLES 8u
+
+// A lane's coder.
+struct Decoder {
+    const u16* half_words;   // of the stream
+    u32 position, count;     // the next half-word, the same for all lanes; how many there are (1 or more)
+    u32 x;
+
+    __device__ void refill(bool need) {
+        need = need && x < LOWEST_STATE;
+        const u32 who = __ballot_sync(FULL, need), lane = threadIdx.x & 31;
+        if (need) x = x << 16 | half_words[min(position + __popc(who & ((1u << lane) - 1)), count - 1)];
+        position += __popc(who);
+    }
+    __device__ u32 read(const u8* slots, const u32* frequencies) {
+        const u32 slot = x & 1023u, symbol = slots[slot], fc = frequencies[symbol];
+        x = (fc & 0xffffu) * (x >> 10) + slot - (fc >> 16);
+        return symbol;
+    }
+    __device__ u32 bits(u32 n) {
+        const u32 value = x & ((1u << n) - 1);
+        x >>= n;
+        return value;
+    }
+};
+
+// Puts a group's values in a page, pair by pair.
+template <bool FAST>
+__device__ inline void put(u16* data, u32 at, u32 values, u32 pair) {
+    if constexpr (FAST) {
+        *(u32*)(data + at) = pair;
+    } else {
+        if (at < values) data[at] = (u16)pair;
+        if (at + 1 < values) data[at + 1] = (u16)(pair >> 16);
+    }
+}
+
+template <typename T, bool FAST>
+__global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
+    const u64* __restrict__ payloads, const uint4* __restrict__ rows, const u64* __restrict__ pages,
+    u32* __restrict__ status, u32 num_pages,
+    const uint4* __restrict__ tables, const signed char* __restrict__ hints, u32 tables_id, u32 digest, u32 parts_in_tables,
+    u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
+    u32 tokens, u32 channels, u32 widths, u32 outer) {
+    extern __shared__ uint4 shared4[];   // tables, then 16 words a lane
+    __shared__ u64 shared_check[ENTROPY_WARPS];
+    __shared__ u32 shared_bad[ENTROPY_WARPS];
+    const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
+    const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warps = blockDim.x >> 5;
+    const u32 streams = num_streams(groups);
+    const u8* const table0 = (const u8*)shared4;
+    u32* const stage = (u32*)(table0 + parts_in_tables * DECODE_BYTES) + 512 * warp + lane;   // word i: stage[32 i]
+
+    for (u32 p = 0; p < parts_in_tables; p++) {
+        for (u32 i = tid; i < DECODE_BYTES / 16; i += blockDim.x)
+            shared4[p * (DECODE_BYTES / 16) + i] = tables[p * (PART_BYTES / 16) + i];
+    }
+    __syncthreads();
+
+    for (u32 index = blockIdx.x; index < num_pages; index += gridDim.x) {
+        const uint4 row = rows[index];
+        if ((row.x >> 20 & 15u) != CODING_ENTROPY) continue;   // kv_decode has seen to it
+        const u8* const payload = (const u8*)payloads[index] + 16ull * row.w;
+        u16* const page = (u16*)pages[index];
+        const int step0 = (int)(row.x & 1023) - STEP_BIAS, step1 = (int)(row.x >> 10 & 1023) - STEP_BIAS;
+        const u32 bytes = row.y, id = row.x >> 24;
+        const bool row_good = bytes % 4 == 0 && bytes >= 4 + 2 * streams && bytes < 2 * values &&
+                              abs(step0) <= STEP_LIMIT && abs(step1) <= (kw == period ? 0 : STEP_LIMIT);
+        if (!row_good || id != tables_id) {   // the same for all threads
+            if (tid == 0) status[index] = row_good ? BAD_TABLES : BAD_ROW;
+            continue;
+        }
+
+        u64 check = tid == 0 ? header_terms<T>(g, row.x, bytes) + term(digest, 7) : 0;
+        const uint4* const from = (const uint4*)payload;
+        for (u32 i = tid; i < bytes / 16; i += blockDim.x) check = fold(check) + term4(from[i], PAYLOAD_INDEX + 4 * i);
+        for (u32 i = bytes / 16 * 4 + tid; i < bytes / 4; i += blockDim.x) check += term(((const u32*)payload)[i], PAYLOAD_INDEX + i);
+        check = warp_check(check);
+        if (lane == 0) shared_check[warp] = check;
+        __syncthreads();
+        check = warp_check(lane < warps ? shared_check[lane] : 0);
+        u32 bad = residue(check) != row.z ? BAD_CHECKSUM : 0;
+
+        // 2.11: bases and sizes. Every warp looks at all sizes.
+        const u16* const half_words = (const u16*)payload;
+        const u32 bases = half_words[0], base0 = bases & 255u, base1 = bases >> 8;
+        if (base0 > CLASS_LIMIT || base1 > (kw == period ? 0 : CLASS_LIMIT)) bad |= BAD_STREAMS;
+        u32 end = 1 + streams;
+        for (u32 i = lane; i < streams; i += 32) {
+            const Stream s(i, groups);
+            const u32 count = half_words[1 + i];
+            if (count < 2 * s.lanes || count > 32 * s.groups) bad |= BAD_STREAMS;
+        }
+        for (u32 i = 0; i < streams; i += 32) end += warp_sum(i + lane < streams ? half_words[1 + i + lane] : 0);
+        if ((end + 1) / 2 != bytes / 4 || (end % 2 && half_words[end] != 0)) bad |= BAD_STREAMS;
+        bad = __reduce_or_sync(FULL, bad);   // the same for all warps
+
+        u32 start = 1 + streams;
+        for (u32 number = 0; number < streams && !bad; number++) {
+            const u32 count = half_words[1 + number], here_start = start;
+            start += count;
+            if (number % warps != warp) continue;
+            const Stream s(number, groups);
+            const u16* const first = half_words + here_start;
+            Decoder decoder = {first, 2 * s.lanes, count, LOWEST_STATE};
+            if (lane < s.lanes) decoder.x = first[2 * lane] | (u32)first[2 * lane + 1] << 16;
+            if (decoder.x < LOWEST_STATE || decoder.x >> 31) bad |= BAD_STREAMS;
+            if (__any_sync(FULL, bad)) break;
+
+            for (u32 turn = 0; turn < s.turns; turn++) {
+                const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
+                const bool here = lane < s.lanes && in_stream < s.groups;
+                const bool last = here && in_stream + s.lanes >= s.groups;
+                const u32 part = here ? g.part(group) : 0;
+                const u8* const slots = table0 + (parts_in_tables > 1 ? part * DECODE_BYTES : 0);
+                const u32* const frequencies = (const u32*)(slots + SLOT_BYTES);
+                int shift = 0;
+                u32 flag = 0;
+                if (hints && here) {
+                    const u32 pair = group % groups_per_row;
+                    shift = hints[2 * pair], flag = hints[2 * pair + 1] & 1;
+                }
+                u32 c = ESCAPED;
+                if (here) {
+                    c = decoder.read(slots + CLASS_ROW * 1024, frequencies + CLASS_ROW * NUM_SYMBOLS);
+                    if (c != ESCAPED) c = (u32)((int)c - CLASS_LIMIT + (int)(part ? base1 : base0) + shift + 78) % ESCAPED;
+                    if (!hints) flag = decoder.bits(1);
+                }
+                decoder.refill(here);
+
+                const u32 row_of_class = row_of(c), low = low_of(c);
+                const u8* const symbol_slots = slots + row_of_class * 1024;
+                const u32* const symbol_frequencies = frequencies + row_of_class * NUM_SYMBOLS;
+                const bool plain = c < SIGNED_ZEROS;
+                u32 too_large = 0;
+                #pragma unroll 1
+                for (u32 i = 0; i < 16; i++) {
+                    u32 word = 0;
+                    #pragma unroll
+                    for (u32 h = 0; h < 2; h++) {
+                        u32 symbol = 0;
+                        if (here) symbol = decoder.read(symbol_slots, symbol_frequencies);
+                        const bool large = symbol >= EXACT_SYMBOLS;
+                        const u32 n = here ? low + (large ? symbol - 12 : 0) : 0;
+                        u32 rest = decoder.bits(min(n, 4u));
+                        if (__any_sync(FULL, n > 4)) {
+                            decoder.refill(n > 4);
+                            if (n > 4) rest |= decoder.bits(n - 4) << 4;
+                        }
+                        const u32 magnitude = ((large ? 1u << (symbol - 12) : symbol) << low) + rest;
+                        const bool with_sign = here && (magnitude != 0 || !plain) && !(h && last);
+                        word |= (magnitude & 0x7fffu | decoder.bits(with_sign) << 15) << 16 * h;
+                        too_large |= magnitude;
+                        decoder.refill(here);
+                    }
+                    stage[32 * i] = word;
+                }
+                if (too_large >> 15) bad |= BAD_STREAMS;
+                if (last && decoder.x >> 16 != 1) bad |= BAD_STREAMS;
+
+                if (!here) continue;   // no warp-wide operation from here to the next turn
+                const Grid grid(part ? step1 : step0);
+                const u32 offset = g.offset(group);
+                const bool predicted = flag && plain;
+                Predictor first_values, second_values;
+                #pragma unroll 4
+                for (u32 i = 0; i < 16; i++) {
+                    u32 word = stage[32 * i];
+                    if (last) {
+                        const u32 sign = decoder.x >> i & 1u;
+                        if (sign && plain && !(word >> 16)) bad |= BAD_STREAMS;
+                        word |= sign << 31;
+                    }
+                    if (c != ESCAPED) {
+                        int q0 = word & 0x7fffu, q1 = word >> 16 & 0x7fffu;
+                        q0 = (word & 0x8000u ? -q0 : q0) + (predicted ? first_values() : 0);
+                        q1 = (word >> 31 ? -q1 : q1) + (predicted ? second_values() : 0);
+                        first_values.update(q0);
+                        second_values.update(q1);
+                        const u32 a = abs(q0), b = abs(q1);
+                        if ((a | b) & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
+                        const u32 signs = plain ? (q0 < 0 ? 0x8000u : 0) | (q1 < 0 ? 0x80000000u : 0) : word & 0x80008000u;
+                        word = Storage<T>::pack(grid.point(__uint_as_float(MAGIC_BITS | (a & MAGNITUDE_MASK))),
+                                                grid.point(__uint_as_float(MAGIC_BITS | (b & MAGNITUDE_MASK)))) | signs;
+                    }
+                    put<FAST>(page, offset + i * g.pair_stride, values, word);
+                }
+            }
+            if (decoder.position != count) bad |= BAD_STREAMS;
+        }
+        bad = __reduce_or_sync(FULL, bad);
+        if (lane == 0) shared_bad[warp] = bad;
+        __syncthreads();
+        if (tid == 0) {
+            for (u32 w = 1; w < warps; w++) bad |= shared_bad[w];
+            status[index] = bad;
+        }
+        __syncthreads();
+    }
+}
