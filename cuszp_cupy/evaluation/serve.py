@@ -277,10 +277,10 @@ def _beside(llm, sets, seconds: float, decoders: int = 4) -> dict:
 
     engine = llm.llm_engine
     options = dict(temperature=0, detokenize=False, ignore_eos=True)
-    endless = SamplingParams(max_tokens=1_000_000, **options)
+    room = engine.model_config.max_model_len
+    endless = SamplingParams(max_tokens=room - 80, **options)
     short = SamplingParams(max_tokens=1, **options)
     queue = [prompt for some in sets for prompt in some]
-    room = llm.llm_engine.model_config.max_model_len
     for i in range(decoders):
         engine.add_request(f"decode-{i}", {"prompt_token_ids": queue[i][:64]}, endless)
     tokens, finished, number, began = {}, 0, 0, None
