@@ -264,17 +264,20 @@ def at_equal_kl(rows: list[dict]) -> list[dict]:
 
     Returns:
         dicts of ``peer``, ``kl``, ``peer_bits``, ``variant``, ``bits`` (one bound for K and V) and ``bits_apart``
-        (all bounds); None where the bounds do not reach the KL.
+        (all bounds, never more than that); None where the bounds do not reach the KL.
     """
     result = []
     ours = dict.fromkeys(r["variant"] for r in rows if r["bound"])
     for peer in (r for r in rows if r["variant"] in PEERS):
         for name in ours:
             own = [r for r in rows if r["variant"] == name]
-            same = [r for r in own if "/" not in r["bound"]]
+            same = bits_at([r for r in own if "/" not in r["bound"]], peer["kl"])
+            apart = bits_at(own, peer["kl"])
+            if same is not None and same < apart:  # a pair above the line between its neighbours
+                apart = same
             result.append(
                 {"peer": peer["variant"], "kl": peer["kl"], "peer_bits": peer["bits_per_value"], "variant": name,
-                 "bits": bits_at(same, peer["kl"]), "bits_apart": bits_at(own, peer["kl"])}
+                 "bits": same, "bits_apart": apart}
             )  # fmt: skip
     return result
 

@@ -190,7 +190,7 @@ def equal_kl_lines(results: list[dict]) -> list[str]:
     for result in results:
         found = [
             f"{result[key]:.2f} bits/value ({16 / result[key]:.2f}x) with {how}"
-            for key, how in (("bits", "one bound"), ("bits_apart", "bounds of K and V apart"))
+            for key, how in (("bits", "one bound"), ("bits_apart", "K and V apart"))
             if result[key] is not None
         ]
         lines.append(
