@@ -14,8 +14,11 @@ from ..bound import Bound
 from ..format import (
     CODINGS,
     DTYPES,
+    EXACT_SYMBOLS,
     LOWEST_STEP,
+    NUM_CLASS_SYMBOLS,
     NUM_SYMBOLS,
+    NUM_TABLES,
     STEP_LIMIT,
     TABLE_TOTAL,
     TILE_TOKENS,
@@ -30,7 +33,7 @@ KERNELS = {
     for name in ("kv_encode", "kv_decode", "kv_entropy_encode", "kv_entropy_decode")
 }
 ENTROPY_WARPS = 4  # as in kv_entropy.cuh; each warp takes a stream
-DECODE_BYTES, PART_BYTES = 11088, 12784  # as there: tables of a part, for the decoder, and for both
+DECODE_BYTES, PART_BYTES = 11936, 13632  # as there: tables of a part, for the decoder, and for both
 _KINDS = {"abs": 0, "rel": 1, "rms": 2}
 
 
@@ -206,8 +209,13 @@ def _part_tables(tables, part: int) -> np.ndarray:
     divide = np.stack([factor, f | added << np.uint64(11) | (k - np.uint64(1)) << np.uint64(22)], axis=1)
     memory = np.zeros(PART_BYTES, np.uint8)
     memory[: slots.size] = slots
-    frequencies = (f | c << np.uint64(16)).astype("<u4").view(np.uint8)
-    memory[slots.size : slots.size + frequencies.size] = frequencies
+    s = np.arange(NUM_SYMBOLS)
+    value = np.where(s < EXACT_SYMBOLS, s, 1 << np.maximum(s - 12, 0) | (s - 12) << 16)
+    meaning = np.concatenate([np.tile(value, 1 + NUM_TABLES), np.arange(NUM_CLASS_SYMBOLS)])
+    symbols = (
+        np.stack([f | c << np.uint64(16), meaning.astype(np.uint64)], axis=1).astype("<u4").ravel().view(np.uint8)
+    )
+    memory[slots.size : slots.size + symbols.size] = symbols
     divide = divide.astype("<u4").ravel().view(np.uint8)
     memory[DECODE_BYTES : DECODE_BYTES + divide.size] = divide
     return memory

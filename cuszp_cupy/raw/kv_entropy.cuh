@@ -16,11 +16,12 @@
 #define ENTROPY_THREADS 128   // a warp a stream, taken in turn
 #define ENTROPY_WARPS 4
 
-// A part's tables in device memory, as raw/kv.py lays them out: of each row the symbol of each of 1024 slots; F and
-// C << 16 of each symbol; for the encoder, per symbol, what divides by F.
+// A part's tables in device memory, as raw/kv.py lays them out. For the decoder: the symbol of each of 1024 slots of each
+// row; then two words a symbol: F | C << 16, and the magnitude it stands for | bits behind it << 16, or the class. For
+// the encoder: two words a symbol, which divide by F.
 #define SLOT_BYTES ((CLASS_ROW + 1) * 1024)
-#define DECODE_BYTES 11088u   // slots, F and C: a multiple of 16
-#define PART_BYTES 12784u     // and for the encoder: a multiple of 16
+#define DECODE_BYTES 11936u   // a multiple of 16
+#define PART_BYTES 13632u     // and for the encoder
 
 // e of class c; row of its table.
 __device__ inline u32 scale_of(u32 c) { return c >= SIGNED_ZEROS ? c - SIGNED_ZEROS : c; }

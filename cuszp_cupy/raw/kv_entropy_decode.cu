@@ -24,25 +24,54 @@
 
 // A lane's coder.
 struct Decoder {
-    const u16* half_words;   // of the stream
-    u32 position, count;     // the next half-word, the same for all lanes; how many there are (1 or more)
+    const u16* half_words;   // of the payload
+    u32 position, limit;     // the next half-word, the same for all lanes; the last one of the stream
     u32 x;
 
     __device__ void refill(bool need) {
-        need = need && x < LOWEST_STATE;
         const u32 who = __ballot_sync(FULL, need), lane = threadIdx.x & 31;
-        if (need) x = x << 16 | half_words[min(position + __popc(who & ((1u << lane) - 1)), count - 1)];
+        if (need) x = x << 16 | half_words[min(position + __popc(who & ((1u << lane) - 1)), limit)];
         position += __popc(who);
     }
-    __device__ u32 read(const u8* slots, const u32* frequencies) {
-        const u32 slot = x & 1023u, symbol = slots[slot], fc = frequencies[symbol];
-        x = (fc & 0xffffu) * (x >> 10) + slot - (fc >> 16);
+    __device__ void refill() { refill(x < LOWEST_STATE); }
+    // The F, C << 16 and so on of the symbol (kv_entropy.cuh).
+    __device__ uint2 read(const u8* slots, const uint2* symbols) {
+        const u32 slot = x & 1023u;
+        const uint2 symbol = symbols[slots[slot]];
+        x = (symbol.x & 0xffffu) * (x >> 10) + slot - (symbol.x >> 16);
         return symbol;
     }
     __device__ u32 bits(u32 n) {
-        const u32 value = x & ((1u << n) - 1);
+        const u32 value = x & ~(~0u << n);
         x >>= n;
         return value;
+    }
+};
+
+// 2.10: a value as magnitude | sign << 31. `late`: without its sign.
+struct Values {
+    const u8* slots;          // of the table
+    const uint2* symbols;
+    u32 low, always_signed;   // bits behind each symbol; not 0: zeros have signs, too
+
+    __device__ u32 operator()(Decoder& decoder, bool late) const {
+        const uint2 symbol = decoder.read(slots, symbols);
+        const u32 n = low + (symbol.y >> 16);
+        u32 rest;
+        if (__any_sync(FULL, n > 4)) {
+            rest = decoder.bits(min(n, 4u));
+            decoder.refill(n > 4 && decoder.x < LOWEST_STATE);
+            if (n > 4) rest |= decoder.bits(n - 4) << 4;
+        } else {
+            rest = decoder.bits(n);
+        }
+        u32 v = ((symbol.y & 0xffffu) << low) + rest;
+        if ((v | always_signed) != 0 && !late) {
+            v |= decoder.x << 31;
+            decoder.x >>= 1;
+        }
+        decoder.refill();
+        return v;
     }
 };
 
@@ -56,6 +85,29 @@ __device__ inline void put(u16* data, u32 at, u32 values, u32 pair) {
         if (at + 1 < values) data[at + 1] = (u16)(pair >> 16);
     }
 }
+
+// 2.9 backwards, for the two sequences of a group: what `Values` returned to storage bits.
+template <typename T>
+struct Restorer {
+    Grid grid;
+    int predicted;   // all bits or none
+    bool plain;      // else zeros have signs
+    int a0 = 0, a1 = 0;
+    u32 any = 0;     // of all magnitudes of q
+
+    __device__ u32 operator()(u32 i, u32 v0, u32 v1) {
+        int q0 = v0 & 0x7fffffffu, q1 = v1 & 0x7fffffffu;
+        q0 = ((int)v0 < 0 ? -q0 : q0) + ((a0 + 8) >> 4 & predicted);
+        q1 = ((int)v1 < 0 ? -q1 : q1) + ((a1 + 8) >> 4 & predicted);
+        a0 = i ? a0 + ((48 * q0 - 3 * a0) >> 3) : 10 * q0;
+        a1 = i ? a1 + ((48 * q1 - 3 * a1) >> 3) : 10 * q1;
+        const u32 m0 = abs(q0), m1 = abs(q1);
+        any |= m0 | m1;
+        const u32 y = Storage<T>::pack(grid.point(__uint_as_float(MAGIC_BITS | (m0 & MAGNITUDE_MASK))),
+                                       grid.point(__uint_as_float(MAGIC_BITS | (m1 & MAGNITUDE_MASK))));
+        return y | (u32)(plain ? q0 : (int)v0) >> 31 << 15 | ((u32)(plain ? q1 : (int)v1) & 0x80000000u);
+    }
+};
 
 template <typename T, bool FAST>
 __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
@@ -123,9 +175,11 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
             start += count;
             if (number % warps != warp) continue;
             const Stream s(number, groups);
-            const u16* const first = half_words + here_start;
-            Decoder decoder = {first, 2 * s.lanes, count, LOWEST_STATE};
-            if (lane < s.lanes) decoder.x = first[2 * lane] | (u32)first[2 * lane + 1] << 16;
+            Decoder decoder = {half_words, here_start + 2 * s.lanes, start - 1, LOWEST_STATE};
+            if (lane < s.lanes) {
+                const u16* const first = half_words + here_start + 2 * lane;
+                decoder.x = first[0] | (u32)first[1] << 16;
+            }
             if (decoder.x < LOWEST_STATE || decoder.x >> 31) bad |= BAD_STREAMS;
             if (__any_sync(FULL, bad)) break;
 
@@ -135,58 +189,44 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
                 const bool last = here && in_stream + s.lanes >= s.groups;
                 const u32 part = here ? g.part(group) : 0;
                 const u8* const slots = table0 + (parts_in_tables > 1 ? part * DECODE_BYTES : 0);
-                const u32* const frequencies = (const u32*)(slots + SLOT_BYTES);
+                const uint2* const symbols = (const uint2*)(slots + SLOT_BYTES);
                 int shift = 0;
-                u32 flag = 0;
-                if (hints && here) {
-                    const u32 pair = group % groups_per_row;
-                    shift = hints[2 * pair], flag = hints[2 * pair + 1] & 1;
-                }
-                u32 c = ESCAPED;
+                u32 flag = 0, c = 0;   // as c = 0 takes nothing, lanes without a group do nothing
                 if (here) {
-                    c = decoder.read(slots + CLASS_ROW * 1024, frequencies + CLASS_ROW * NUM_SYMBOLS);
+                    if (hints) {
+                        const u32 pair = group % groups_per_row;
+                        shift = hints[2 * pair], flag = hints[2 * pair + 1] & 1;
+                    }
+                    c = decoder.read(slots + CLASS_ROW * 1024, symbols + CLASS_ROW * NUM_SYMBOLS).y;
                     if (c != ESCAPED) c = (u32)((int)c - CLASS_LIMIT + (int)(part ? base1 : base0) + shift + 78) % ESCAPED;
                     if (!hints) flag = decoder.bits(1);
                 }
-                decoder.refill(here);
+                decoder.refill();
 
-                const u32 row_of_class = row_of(c), low = low_of(c);
-                const u8* const symbol_slots = slots + row_of_class * 1024;
-                const u32* const symbol_frequencies = frequencies + row_of_class * NUM_SYMBOLS;
                 const bool plain = c < SIGNED_ZEROS;
-                u32 too_large = 0;
+                const Values next = {slots + row_of(c) * 1024, symbols + row_of(c) * NUM_SYMBOLS, low_of(c), !plain};
+                const u32 offset = here ? g.offset(group) : 0;
+                Restorer<T> restore = {Grid(part ? step1 : step0), flag && plain ? -1 : 0, plain};
+                if (!__any_sync(FULL, last || c == ESCAPED)) {
+                    #pragma unroll 1
+                    for (u32 i = 0; i < 16; i++) {
+                        const u32 v0 = next(decoder, false), v1 = next(decoder, false), pair = restore(i, v0, v1);
+                        if (here) put<FAST>(page, offset + i * g.pair_stride, values, pair);
+                    }
+                    if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
+                    continue;
+                }
+                // Signs come late, or there are storage bits: all values first.
+                u32 any = 0;
                 #pragma unroll 1
                 for (u32 i = 0; i < 16; i++) {
-                    u32 word = 0;
-                    #pragma unroll
-                    for (u32 h = 0; h < 2; h++) {
-                        u32 symbol = 0;
-                        if (here) symbol = decoder.read(symbol_slots, symbol_frequencies);
-                        const bool large = symbol >= EXACT_SYMBOLS;
-                        const u32 n = here ? low + (large ? symbol - 12 : 0) : 0;
-                        u32 rest = decoder.bits(min(n, 4u));
-                        if (__any_sync(FULL, n > 4)) {
-                            decoder.refill(n > 4);
-                            if (n > 4) rest |= decoder.bits(n - 4) << 4;
-                        }
-                        const u32 magnitude = ((large ? 1u << (symbol - 12) : symbol) << low) + rest;
-                        const bool with_sign = here && (magnitude != 0 || !plain) && !(h && last);
-                        word |= (magnitude & 0x7fffu | decoder.bits(with_sign) << 15) << 16 * h;
-                        too_large |= magnitude;
-                        decoder.refill(here);
-                    }
-                    stage[32 * i] = word;
+                    const u32 v0 = next(decoder, false), v1 = next(decoder, last);
+                    any |= v0 | v1;
+                    stage[32 * i] = (v0 & 0x7fffu) | v0 >> 31 << 15 | (v1 & 0x7fffu) << 16 | (v1 & 0x80000000u);
                 }
-                if (too_large >> 15) bad |= BAD_STREAMS;
-                if (last && decoder.x >> 16 != 1) bad |= BAD_STREAMS;
-
-                if (!here) continue;   // no warp-wide operation from here to the next turn
-                const Grid grid(part ? step1 : step0);
-                const u32 offset = g.offset(group);
-                const bool predicted = flag && plain;
-                Predictor first_values, second_values;
-                #pragma unroll 4
-                for (u32 i = 0; i < 16; i++) {
+                if ((any & 0x7fff8000u) || (last && decoder.x >> 16 != 1)) bad |= BAD_STREAMS;
+                #pragma unroll 1
+                for (u32 i = 0; i < 16 && here; i++) {
                     u32 word = stage[32 * i];
                     if (last) {
                         const u32 sign = decoder.x >> i & 1u;
@@ -194,21 +234,13 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
                         word |= sign << 31;
                     }
                     if (c != ESCAPED) {
-                        int q0 = word & 0x7fffu, q1 = word >> 16 & 0x7fffu;
-                        q0 = (word & 0x8000u ? -q0 : q0) + (predicted ? first_values() : 0);
-                        q1 = (word >> 31 ? -q1 : q1) + (predicted ? second_values() : 0);
-                        first_values.update(q0);
-                        second_values.update(q1);
-                        const u32 a = abs(q0), b = abs(q1);
-                        if ((a | b) & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
-                        const u32 signs = plain ? (q0 < 0 ? 0x8000u : 0) | (q1 < 0 ? 0x80000000u : 0) : word & 0x80008000u;
-                        word = Storage<T>::pack(grid.point(__uint_as_float(MAGIC_BITS | (a & MAGNITUDE_MASK))),
-                                                grid.point(__uint_as_float(MAGIC_BITS | (b & MAGNITUDE_MASK)))) | signs;
+                        word = restore(i, (word & 0x7fffu) | word >> 15 << 31, (word >> 16 & 0x7fffu) | (word & 0x80000000u));
                     }
                     put<FAST>(page, offset + i * g.pair_stride, values, word);
                 }
+                if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
             }
-            if (decoder.position != count) bad |= BAD_STREAMS;
+            if (decoder.position != start) bad |= BAD_STREAMS;
         }
         bad = __reduce_or_sync(FULL, bad);
         if (lane == 0) shared_bad[warp] = bad;
