@@ -50,18 +50,20 @@ def measure(pipeline) -> dict[str, float]:
     def encode(target, blocks, count=num):
         block.payloads[:] = target + places
         block.upload("slots", "payloads", store.codec)
-        return gbps(store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, cursors=False))
+        return gbps(
+            store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, store.scratch, cursors=False)
+        )
 
     def decode(blocks):
         return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, blocks, block.status_ptr))
 
     speed = {"h2d": copy(load.copy, raw, host.ctypes.data, runtime.memcpyHostToDevice)}
     speed["d2h"] = copy(store.copy, host.ctypes.data, raw, runtime.memcpyDeviceToHost)
-    for name, target, blocks in (
-        ("burst", packed, pipeline.burst_blocks),
-        ("fused", mapped, pipeline.fused_blocks),
+    for name, target, blocks, scratch in (
+        ("burst", packed, pipeline.burst_blocks, None),
+        ("fused", mapped, pipeline.fused_blocks, load.scratch),
     ):
-        speed[f"store {name}"], speed[f"load {name}"] = encode(target, blocks), decode(blocks)
+        speed[f"store {name}"], speed[f"load {name}"] = encode(target, blocks), decode(blocks, scratch)
     rows = np.empty((num, ROW_WORDS), np.uint32)
     runtime.memcpyAsync(rows.ctypes.data, at["rows"], rows.nbytes, runtime.memcpyDeviceToHost, store.codec.ptr)
     store.codec.synchronize()

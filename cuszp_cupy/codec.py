@@ -26,15 +26,18 @@ from .format import (
     max_stream_bytes,
     unpack_word1,
 )
+from .page_codec import PageCodec
 from .reference import page_geometry
+from .tables import BUILT_IN, Tables
 
 ENGINES = ("kernels", "library")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 NOT_DECODED = 1 << 31  # what a caller may set a status to, to see whether the kernel wrote it
 _STATUS = {
     1: "its table row is damaged",
-    2: "its width codes are damaged",
+    2: "its width codes, or its streams, are damaged",
     4: "its checksum is wrong",
+    8: "it was coded with other tables",
     NOT_DECODED: "it was not decoded",
 }
 
@@ -174,33 +177,40 @@ class Compressed:
 
 # --- pages of 16-bit floats: stream kv --------------------------------------------------------------------
 def encode_pages(
-    pages, bound="rms:0.05", coding: str = "fixed", *, geometry: Geometry | None = None, out=None
+    pages,
+    bound="rms:0.05",
+    coding: str = "fixed",
+    *,
+    geometry: Geometry | None = None,
+    out=None,
+    tables: Tables = BUILT_IN,
 ) -> EncodedPages:
-    """Encode a batch of independent pages, in one launch.
+    """Encode a batch of independent pages.
 
     Args:
         pages: float16 or bfloat16: one array (num_pages, tokens, channels), C-contiguous, or a list of
             (tokens, channels) arrays of one shape. With ``geometry``, any shape of that many values a page.
         bound: a Bound or its text for all parts, or a pair of them for K and V; strict (format.py 2).
-        coding: ``fixed`` (pages that would not shrink are stored ``raw``), or ``raw``.
+        coding: ``fixed`` (pages that would not shrink are stored ``raw``), ``entropy`` (the same values in
+            fewer bits, slower; pages that are not smaller for it are stored ``fixed``), or ``raw``.
         geometry: where K and V lie in a page; one part when None.
         out: (num_pages, slot_bytes) uint8 for the payloads, slot_bytes a multiple of 16 that is not less than a
             raw page; a CuPy array, or a NumPy array over pinned memory (the kernel then writes straight to the
             host). Allocated on the device when None.
+        tables: of coding ``entropy``: the built-in ones, or from ``reference.calibrate``.
 
     Runs on the current stream and waits for nothing; ``out`` on the host is complete when the stream is.
 
     Raises:
         TypeError: another dtype, or no array on a CUDA device.    ValueError: not contiguous, shapes that
-        differ or do not fit, a bound or coding that is none, ``out`` too small, misaligned or not pinned.
+        differ or do not fit, a bound or coding that is none, tables for other pages, ``out`` too small,
+        misaligned or not pinned.
         RuntimeError: no CuPy or no GPU.
     """
-    from .raw import kv
-
     check_coding(coding)
     cupy = _cupy()
     pointers, dtype, geometry, owner = _page_pointers(pages, geometry, "pages")
-    bounds = parse_parts(bound, len(geometry.part_values))
+    codec = PageCodec(geometry, dtype, parse_parts(bound, len(geometry.part_values)), coding, tables)
     num_pages = len(pointers)
     slot_bytes = -(-geometry.nbytes // 16) * 16
     if out is None:
@@ -209,12 +219,12 @@ def encode_pages(
     rows = cupy.empty((num_pages, ROW_WORDS), cupy.uint32)
     if num_pages:
         addresses = cupy.asarray(np.stack([pointers, payloads]))
-        kv.encode(
-            addresses[0].data.ptr, addresses[1].data.ptr, rows.data.ptr, num_pages, dtype, geometry, bounds,
-            coding, aligned=aligned_to(pointers, 8),
+        codec.encode(
+            addresses[0].data.ptr, addresses[1].data.ptr, rows.data.ptr, num_pages,
+            aligned=aligned_to(pointers, 8), scratch=codec.new_scratch(num_pages),
         )  # fmt: skip
     del owner  # stream order keeps the memory alive long enough: CuPy's pool reuses it on this stream
-    return EncodedPages(out, rows, dtype, geometry)
+    return EncodedPages(out, rows, dtype, geometry, codec)
 
 
 class EncodedPages:
@@ -226,10 +236,13 @@ class EncodedPages:
         rows: (num_pages, 4) uint32 CuPy array, the table (format.py 2.1).
         dtype: ``float16`` or ``bfloat16``.
         geometry: of every page.
+        tables: that pages of coding ``entropy`` were coded with.
     """
 
-    def __init__(self, payload, rows, dtype: str, geometry: Geometry):
+    def __init__(self, payload, rows, dtype: str, geometry: Geometry, codec: PageCodec | None = None):
         self.payload, self.rows, self.dtype, self.geometry = payload, rows, dtype, geometry
+        self._codec = codec or PageCodec(geometry, dtype, (), "fixed")
+        self.tables = self._codec.tables
         self._host_rows = None
 
     @property
@@ -268,7 +281,7 @@ class EncodedPages:
         """Return the metadata of page ``i``; raise FormatError where its row is damaged."""
         word1, payload_bytes, check, _ = (int(word) for word in self.host_rows[i])
         coding, steps = unpack_word1(word1, self.geometry)
-        return PageHeader(self.dtype, self.geometry, coding, steps, payload_bytes, check)
+        return PageHeader(self.dtype, self.geometry, coding, steps, payload_bytes, check, word1 >> 24)
 
     def blob(self, i: int) -> bytes:
         """Return page ``i`` as a self-describing blob, for ``reference.decode_page`` or a file. Waits."""
@@ -280,8 +293,10 @@ class EncodedPages:
         return header.pack() + payload.get().tobytes()
 
     @classmethod
-    def from_blobs(cls, blobs) -> EncodedPages:
+    def from_blobs(cls, blobs, *, tables: Tables = BUILT_IN) -> EncodedPages:
         """Return the batch of ``blobs``, pages of one dtype and geometry, copied to the device.
+
+        ``tables``: that those of coding ``entropy`` were coded with.
 
         Raises:
             FormatError: a blob that is damaged (the checksum is left to ``decode_pages``).
@@ -289,6 +304,8 @@ class EncodedPages:
         """
         cupy = _cupy()
         headers = [PageHeader.parse(blob) for blob in blobs]
+        for header in headers:
+            check_coding(header.coding)
         if not headers:
             raise ValueError("blobs: expected at least one page, got none")
         if len({(header.dtype, header.geometry) for header in headers}) > 1:
@@ -299,7 +316,9 @@ class EncodedPages:
             data = np.frombuffer(blob, np.uint8)[HEADER_BYTES:]
             slot[: data.size] = data
         rows = np.array([(h.word1, h.payload_bytes, h.checksum, 0) for h in headers], np.uint32)
-        return cls(cupy.asarray(payload), cupy.asarray(rows), headers[0].dtype, geometry)
+        entropy = any(header.coding == "entropy" for header in headers)
+        codec = PageCodec(geometry, headers[0].dtype, (), *(("entropy", tables) if entropy else ("fixed",)))
+        return cls(cupy.asarray(payload), cupy.asarray(rows), headers[0].dtype, geometry, codec)
 
     def decode(self, out=None):
         """Return the pages; see ``decode_pages``."""
@@ -331,8 +350,6 @@ def decode_pages(encoded: EncodedPages, out=None, *, check: bool = True, status=
         FormatError: damaged pages, all of them named; the other pages of ``out`` are good.
         TypeError, ValueError: an ``out`` that does not fit.
     """
-    from .raw import kv
-
     cupy = _cupy()
     geometry, num_pages = encoded.geometry, encoded.num_pages
     if out is None:
@@ -346,9 +363,11 @@ def decode_pages(encoded: EncodedPages, out=None, *, check: bool = True, status=
         status = cupy.empty(num_pages, cupy.uint32)
     payloads = _slot_pointers(encoded.payload, num_pages, geometry)
     addresses = cupy.asarray(np.stack([payloads, pointers]))
-    kv.decode(
+    codec = encoded._codec
+    on_host = isinstance(encoded.payload, np.ndarray)
+    codec.decode(
         addresses[0].data.ptr, encoded.rows.data.ptr, addresses[1].data.ptr, status.data.ptr, num_pages,
-        dtype, geometry, aligned=aligned_to(pointers, 4),
+        aligned=aligned_to(pointers, 4), scratch=codec.new_scratch(num_pages) if on_host else None,
     )  # fmt: skip
     if check:
         bad = status.get()

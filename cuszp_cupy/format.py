@@ -208,7 +208,6 @@ MAGIC = b"kv"
 VERSION = 1
 DTYPES = ("float16", "bfloat16")  # index = dtype byte
 CODINGS = ("raw", "fixed", "entropy")  # index = coding nibble
-CODEC_CODINGS = ("raw", "fixed")  # those that encode_pages and SwapPipeline know
 HEADER_BYTES = 32
 ROW_WORDS = 4
 TILE_TOKENS = 16
@@ -280,15 +279,10 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def check_coding(coding: str, known: tuple[str, ...] = CODEC_CODINGS) -> str:
-    """Return ``coding`` if it is among ``known`` codings of stream ``kv``; else raise ValueError."""
-    if coding not in known:
-        where = (
-            "; encode_pages and SwapPipeline do not know it yet, reference.encode_page does"
-            if coding in CODINGS
-            else ""
-        )
-        raise ValueError(f"coding: expected one of {', '.join(known)}, got {coding!r}{where}")
+def check_coding(coding: str) -> str:
+    """Return ``coding`` if it names a coding of stream ``kv``; else raise ValueError."""
+    if coding not in CODINGS:
+        raise ValueError(f"coding: expected one of {', '.join(CODINGS)}, got {coding!r}")
     return coding
 
 

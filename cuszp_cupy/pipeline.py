@@ -25,16 +25,19 @@ from .arena import Arena, Predictor, between, runs, spans, tiles
 from .bound import parse_parts
 from .codec import ENGINES, NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
+from .page_codec import PageCodec
 from .page_table import COPIED, KNOWN, PENDING, HostRows, PageTable, check_slots, check_stored, index
 from .raw import copy as raw_copy
 from .raw import kv
 from .reference import check_page_dtype
 from .stats import Counters
+from .tables import BUILT_IN, Tables
 from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
 
 TRANSPORTS = ("auto", "staged", "fused", "raw")
 BUFFERS = 4  # tiles of each direction in the ring
 TILE_BYTES = 32 << 20  # raw bytes of a tile at most
+SCRATCH_BYTES = 64 << 20, 32 << 20, 16 << 20, 16 << 20  # of coding ``entropy``, for the lanes
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCK_PAGES = 1 << 15  # pages of a call that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
@@ -48,13 +51,14 @@ class SwapPipeline:
     Args:
         geometry: of every page.
         dtype: ``float16`` or ``bfloat16``.
-        bound: as in ``encode_pages``.    coding: ``fixed`` or ``raw``.
+        bound, coding, tables: as in ``encode_pages``.
         num_slots: slots there are.
         transport: ``auto`` (measures the machine first, some 0.3 s), ``staged``, ``fused`` or ``raw``.
         host: ``HostRows``, or None for an arena.
         arena_bytes: pinned bytes of the arena; by default enough for pages that do not shrink. A store takes
             the raw size of its pages until it has finished.
-        ring_bytes: device memory at most, half each way; less where the slots need less.
+        ring_bytes: device memory at most, half each way; less where the slots need less. Coding ``entropy`` takes
+            up to 128 MiB more, to work in.
         fused_blocks: thread blocks of the fused kernels; by default as many as have 8192 threads (16 for pages
             of 64 KiB).    burst_blocks: of the staged ones (None: a page each).
         quantile: staged stores copy as much of each region (tile or row) as this part of them took of late; a
@@ -91,6 +95,7 @@ class SwapPipeline:
         priority: int = 0,
         timing: bool = False,
         engine: str = "kernels",
+        tables: Tables = BUILT_IN,
     ):
         self._closed = True  # until everything is there
         if engine not in ENGINES:
@@ -117,6 +122,7 @@ class SwapPipeline:
         self._in_flight: dict[int, Transfer] = {}
         self._stamp = np.zeros(self.num_slots, np.int64)  # for check_slots
         self._ring = self._library = None
+        self._codec = PageCodec(geometry, self.dtype, self.bounds, coding, tables)
         if engine == "library":
             self._library = library_swap.LibrarySwap(
                 geometry, self.dtype, self.bounds, num_slots=self.num_slots, arena_bytes=arena_bytes
@@ -167,8 +173,9 @@ class SwapPipeline:
             ]
             buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
             self._lanes[name] = Lane(
-                streams, i % 2, buffers, self._event(), np.zeros(self.table.num_units, np.int64)
-            )
+                streams, i % 2, buffers, self._event(), np.zeros(self.table.num_units, np.int64),
+                self._codec.new_scratch(self._tile_pages, SCRATCH_BYTES[i]),
+            )  # fmt: skip
 
         self._blocks = []  # free argument blocks
         self._block_bytes = 0
@@ -434,7 +441,7 @@ class SwapPipeline:
         aligned, at, runtime = aligned_to(pointers, 8), block.device_pointers, self._runtime
         if fused:
             with Stage(transfer, "store encode", lane.codec), lane.codec:
-                self._kv_encode(at, 0, num, aligned, self.fused_blocks)
+                self._kv_encode(at, 0, num, aligned, self.fused_blocks, lane.scratch)
                 raw_copy.publish(at["rows"], at["slots"], self._table_ptr, num)
             return
         to_host, edges = runtime.memcpyDeviceToHost, runs(hosts, works, widths, bounds)
@@ -443,7 +450,7 @@ class SwapPipeline:
                 page, end = int(first[lo]), int(first[hi])
                 runtime.streamWaitEvent(lane.codec.ptr, buffer.free.ptr)
                 with Stage(transfer, "store encode", lane.codec):
-                    self._kv_encode(at, page, end - page, aligned, self.burst_blocks)
+                    self._kv_encode(at, page, end - page, aligned, self.burst_blocks, lane.scratch)
                     runtime.eventRecord(buffer.ready.ptr, lane.codec.ptr)
                     raw_copy.publish(
                         at["rows"] + 16 * page, at["slots"] + 4 * page, self._table_ptr, end - page,
@@ -534,7 +541,9 @@ class SwapPipeline:
                     runtime.eventRecord(buffer.ready.ptr, lane.copy.ptr)
                     runtime.streamWaitEvent(lane.codec.ptr, buffer.ready.ptr)
                 with Stage(transfer, "load decode", lane.codec):
-                    self._kv_decode(at, page, end - page, aligned, blocks, block.status_ptr)
+                    self._kv_decode(
+                        at, page, end - page, aligned, blocks, block.status_ptr, None if buffer else lane.scratch
+                    )
                 if buffer:
                     runtime.eventRecord(buffer.free.ptr, lane.codec.ptr)
             if num_pending:
@@ -542,7 +551,9 @@ class SwapPipeline:
                     raw_copy.collect(
                         self._table_ptr, at["slots"] + 4 * num_known, at["rows"] + 16 * num_known, num_pending
                     )
-                    self._kv_decode(at, num_known, num_pending, aligned, self.fused_blocks, block.status_ptr)
+                    self._kv_decode(
+                        at, num_known, num_pending, aligned, self.fused_blocks, block.status_ptr, lane.scratch
+                    )
         if num_copied:
             order = np.argsort(addresses[coded:])
             pieces = (
@@ -595,17 +606,18 @@ class SwapPipeline:
         return transfer._payload_bytes + payload + 16 * num_pending, transfer._link_bytes + payload
 
     # --- kernels, on the current stream -------------------------------------------------------------------
-    def _kv_encode(self, at, page, num, aligned, blocks, cursors=True) -> None:
-        kv.encode(
+    def _kv_encode(self, at, page, num, aligned, blocks, scratch, cursors=True) -> None:
+        self._codec.encode(
             at["pages"] + 8 * page, at["payloads"] + 8 * page, at["rows"] + 16 * page, num,
-            self.dtype, self.geometry, self.bounds, self.coding, aligned=aligned, blocks=blocks,
+            aligned=aligned, blocks=blocks, scratch=scratch,
             regions_ptr=at["regions"] + 4 * page if cursors else 0, cursors_ptr=at["cursors"] if cursors else 0,
         )  # fmt: skip
 
-    def _kv_decode(self, at, page, num, aligned, blocks, status_ptr) -> None:
-        kv.decode(
+    def _kv_decode(self, at, page, num, aligned, blocks, status_ptr, scratch=None) -> None:
+        """``scratch``: where payloads lie on the host."""
+        self._codec.decode(
             at["payloads"] + 8 * page, at["rows"] + 16 * page, at["pages"] + 8 * page, status_ptr + 4 * page, num,
-            self.dtype, self.geometry, aligned=aligned, blocks=blocks,
+            aligned=aligned, blocks=blocks, scratch=scratch,
         )  # fmt: skip
 
     # --- order --------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from .format import (
     BLOCK,
     CLASS_LIMIT,
     CODE_WORDS,
-    CODINGS,
     DTYPES,
     ESCAPED,
     EXACT_CLASS,
@@ -243,7 +242,7 @@ def encode_page(
     """
     page = np.asarray(page)
     dtype = check_page_dtype(page.dtype)
-    check_coding(coding, CODINGS)
+    check_coding(coding)
     geometry = page_geometry(page.shape, geometry)
     tables.check_geometry(geometry)
     bounds = parse_parts(bound, len(geometry.part_values))

@@ -81,7 +81,7 @@ class Prepared:
     def __init__(self, pipeline, direction, slots, pointers, owner):
         self.direction, self.slots = direction, slots
         self._pipeline, self._owner = pipeline, owner
-        self._aligned = aligned_to(pointers, 8)
+        self._aligned, self._scratch = aligned_to(pointers, 8), pipeline._codec.new_scratch(len(slots))
         block = self._block = pipeline._take_block(len(slots))
         block.slots[:], block.pages[:] = slots, pointers
         block.payloads[:] = pipeline.table.regions(slots) + pipeline._shift
@@ -94,11 +94,12 @@ class Prepared:
         """Enqueue it on CuPy's current stream, which may be capturing. Compiles at the first call: warm up."""
         pipeline, at, num = self._pipeline, self._block.device_pointers, len(self.slots)
         if self.direction == "store":
-            pipeline._kv_encode(at, 0, num, self._aligned, pipeline.fused_blocks, cursors=False)
+            pipeline._kv_encode(at, 0, num, self._aligned, pipeline.fused_blocks, self._scratch, cursors=False)
             raw_copy.publish(at["rows"], at["slots"], pipeline._table_ptr, num)
         else:
             raw_copy.collect(pipeline._table_ptr, at["slots"], at["rows"], num)
-            pipeline._kv_decode(at, 0, num, self._aligned, pipeline.fused_blocks, self._block.status_ptr)
+            status, blocks = self._block.status_ptr, pipeline.fused_blocks
+            pipeline._kv_decode(at, 0, num, self._aligned, blocks, status, self._scratch)
 
     def failed(self) -> dict[int, str]:
         """Return slot -> reason of the pages that the last load found damaged; wait for the stream before."""
@@ -163,10 +164,10 @@ class Buffer:
 class Lane:
     """The streams of one kind of transfer, which finish in the order of the calls."""
 
-    def __init__(self, streams, loads: int, buffers, join, last):
+    def __init__(self, streams, loads: int, buffers, join, last, scratch):
         self.streams = streams  # done events are recorded on the last
         self.codec, self.copy = streams[-1 if loads else 0], streams[0 if loads else -1]
-        self.buffers, self.join = buffers, join
+        self.buffers, self.join, self.scratch = buffers, join, scratch
         self.last = last  # number of the last transfer on each slot (arena) or row
         self.newest = self._next = 0  # number of the last transfer
 

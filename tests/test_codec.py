@@ -121,6 +121,35 @@ def test_kernels_equal_reference(geometry, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+def test_coding_entropy(dtype, monkeypatch):
+    """Blobs of the reference, in device and pinned memory, more pages than scratch; tables are asked for."""
+    from cuszp_cupy import page_codec
+    from cuszp_cupy.codec import pinned
+
+    geometry = Geometry(16, 256, parts=(64, 64))
+    monkeypatch.setattr(page_codec, "SCRATCH_BYTES", 3 * page_codec.kv.entropy_slot_bytes(geometry))
+    pages = np.stack([values(kind, dtype, geometry, seed) for kind in KINDS for seed in range(2)])
+    calibrated = reference.calibrate(pages[:2], geometry=geometry)
+    device_pages, _ = on_device(pages)
+    slot_bytes = -(-geometry.nbytes // 16) * 16
+    host = pinned(len(pages) * slot_bytes).reshape(len(pages), -1)
+    for tables in (reference.BUILT_IN, calibrated):
+        options = {"geometry": geometry, "tables": tables}
+        blobs = [reference.encode_page(page, "rms:0.05", "entropy", **options) for page in pages]
+        expected = np.stack([reference.decode_page(blob, tables=tables) for blob in blobs])
+        for out in (None, host):
+            encoded = encode_pages(device_pages, "rms:0.05", "entropy", out=out, **options)
+            assert [encoded.blob(i) for i in range(len(pages))] == blobs
+            same_bits(encoded.decode().get(), expected)
+        same_bits(cuszp_cupy.EncodedPages.from_blobs(blobs, tables=tables).decode().get(), expected)
+    with pytest.raises(FormatError, match="other tables"):
+        cuszp_cupy.EncodedPages.from_blobs(blobs).decode()
+    with pytest.raises(ValueError, match="coding 'fixed' has none"):
+        encode_pages(device_pages, geometry=geometry, tables=calibrated)
+
+
+@pytest.mark.gpu
 def test_random_pages_equal_reference():
     """200 random shapes, types, bounds and kinds of data."""
     import cupy

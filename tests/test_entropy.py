@@ -13,7 +13,6 @@ from test_kv import (
     BFLOAT16,
     DTYPES,
     EVERY_PATTERN,
-    FLOAT16,
     error_bound,
     pages,
     split,
@@ -22,7 +21,7 @@ from test_kv import (
     token_layout,
 )
 
-from cuszp_cupy import codec, reference
+from cuszp_cupy import reference
 from cuszp_cupy.evaluation import data
 from cuszp_cupy.format import (
     CLASS_FREQUENCIES,
@@ -38,7 +37,6 @@ from cuszp_cupy.format import (
     stream_lanes,
     unpack_word1,
 )
-from cuszp_cupy.pipeline import SwapPipeline
 from cuszp_cupy.reference import calibrate, decode_page, encode_page
 from cuszp_cupy.tables import BUILT_IN, POSSIBLE, Tables, frequencies
 
@@ -284,22 +282,6 @@ def test_zeros_keep_their_sign_where_one_is_negative():
     blob = entropy(fixed, "rms:0.2")
     assert PageHeader.parse(blob).coding == "entropy" and len(entropy(page, "rms:0.2")) < len(blob)
     assert_same_bits(decode_page(blob), fixed)
-
-
-KERNELS_REFUSE = (
-    "coding: expected one of raw, fixed, got 'entropy'; encode_pages and SwapPipeline do not know it yet"
-)
-
-
-def test_the_codec_refuses_the_coding_until_it_knows_it():
-    with pytest.raises(ValueError, match=KERNELS_REFUSE):
-        codec.encode_pages(np.zeros((1, 16, 4), FLOAT16), coding="entropy")
-
-
-@pytest.mark.gpu
-def test_the_pipeline_refuses_the_coding_until_it_knows_it():
-    with pytest.raises(ValueError, match=KERNELS_REFUSE):
-        SwapPipeline(Geometry(16, 4), "float16", "rms:0.05", "entropy", num_slots=4)
 
 
 # --- damage -----------------------------------------------------------------------------------------------

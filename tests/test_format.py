@@ -340,10 +340,10 @@ def test_sizes_of_stream_cuszp(n, rates, most):
 
 def test_names_of_modes_and_codings():
     assert [check_mode(mode) for mode in ("fixed", "plain", "outlier")] == ["fixed", "plain", "outlier"]
-    assert [check_coding(coding) for coding in ("raw", "fixed")] == ["raw", "fixed"]
+    assert [check_coding(coding) for coding in ("raw", "fixed", "entropy")] == ["raw", "fixed", "entropy"]
     with pytest.raises(ValueError, match="mode: expected one of fixed, plain, outlier, got 'Plain'"):
         check_mode("Plain")
-    with pytest.raises(ValueError, match="coding: expected one of raw, fixed, got 'huffman'"):
+    with pytest.raises(ValueError, match="coding: expected one of raw, fixed, entropy, got 'huffman'"):
         check_coding("huffman")
 
 

@@ -14,6 +14,7 @@ from cuszp_cupy import Geometry, raw
 from cuszp_cupy.bound import parse_parts
 from cuszp_cupy.format import MODES
 from cuszp_cupy.raw import copy, cuszp, kv
+from cuszp_cupy.tables import BUILT_IN
 
 # A100, H100, B200: the first and the last have instructions, and register pressure, that the middle has not.
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -111,6 +112,7 @@ def test_launch_functions_pass_what_the_kernels_declare(monkeypatch):
     copy.fetch(16, 32, 64)
     copy.publish(16, 16, 16, 5, 16, 16, 16, 16, 2)
     copy.collect(16, 16, 16, 5)
+    copy.gather(16, 16, 16, 16, 5, 4096, None)
     for dtype in ("float32", "float64"):
         for mode in MODES:
             cuszp.compress(256, 1000, dtype, 0.25, mode, 512, 1024, 2048)
@@ -120,9 +122,11 @@ def test_launch_functions_pass_what_the_kernels_declare(monkeypatch):
             bounds = parse_parts("rms:0.05", len(geometry.part_values))
             kv.encode(16, 16, 16, 3, dtype, geometry, bounds, aligned=True)
             kv.decode(16, 16, 16, 16, 3, dtype, geometry, aligned=True)
+            kv.encode_entropy(16, 16, 16, 16, 16, 3, dtype, geometry, BUILT_IN, 16, aligned=True)
+            kv.decode_entropy(16, 16, 16, 16, 3, dtype, geometry, BUILT_IN, 16, aligned=True)
     assert launched == {
-        "kv_fetch": 1, "kv_publish": 1, "kv_collect": 1, "cuszp_compress": 6, "cuszp_decompress": 6,
-        "kv_encode": 6, "kv_decode": 6,
+        "kv_fetch": 1, "kv_publish": 1, "kv_collect": 1, "kv_gather": 1, "cuszp_compress": 6,
+        "cuszp_decompress": 6, "kv_encode": 6, "kv_decode": 6, "kv_entropy_encode": 6, "kv_entropy_decode": 6,
     }  # fmt: skip
 
 

@@ -716,6 +716,48 @@ def test_cuda_graph(host):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["staged", "fused"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_coding_entropy(host, transport, monkeypatch):
+    """The same pages in fewer bytes, also while the store is in flight and in a graph; scratch for 3 pages."""
+    import cupy
+
+    slot_bytes = kv.entropy_slot_bytes(GEOMETRY)
+    monkeypatch.setattr(pipeline, "SCRATCH_BYTES", (3 * slot_bytes,) * 4)
+    pages, slots = make_pages(40), np.random.default_rng(3).permutation(40)
+    expected, device, out = through_reference(pages), on_device(pages), empty_pages(40)
+    blobs = [reference.encode_page(page, BOUND, "entropy", geometry=GEOMETRY) for page in pages]
+    with make_pipeline(host, coding="entropy", transport=transport) as swap:
+        for _ in range(2):  # the second time with a prediction
+            store = swap.store(device, slots)
+            load = swap.load(slots, out)  # before the host knows where
+            load.wait()
+            assert_same_bits(out.get(), expected)
+            assert store.query() and store.stats.payload_bytes == sum(len(blob) - 16 for blob in blobs)
+            out.view(cupy.uint16)[...] = 0
+            swap.load(slots[7:30], out[7:30]).wait()
+            assert_same_bits(out.get()[7:30], expected[7:30])
+        prepared = swap.prepare_store(device[:10], slots[:10]), swap.prepare_load(slots[:10], out[:10])
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            for each in prepared:
+                each.launch()  # warm-up
+            stream.begin_capture()
+            for each in prepared:
+                each.launch()
+            graph = stream.end_capture()
+            out.view(cupy.uint16)[...] = 0
+            graph.launch(stream)
+            stream.synchronize()
+        assert_same_bits(out.get()[:10], expected[:10])
+        assert not prepared[1].failed()
+        for each in prepared:
+            each.close()
+    with make_pipeline(host, transport=transport) as fixed:
+        fixed.store(device, slots).wait()
+        assert fixed.stats.store.payload_bytes > store.stats.payload_bytes
+
+
+@pytest.mark.gpu
 def test_auto_measures_and_explains():
     with make_pipeline(num_slots=64, transport="auto") as swap:
         assert set(swap.speed) == {

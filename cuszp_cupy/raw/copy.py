@@ -9,7 +9,7 @@ import numpy as np
 
 from . import launch
 
-KERNELS = {"kv_rest": ("kv_fetch", "kv_publish", "kv_collect")}
+KERNELS = {"kv_rest": ("kv_fetch", "kv_publish", "kv_collect", "kv_gather")}
 THREADS = 256
 _MOST_BLOCKS = 512  # of kv_publish
 _FETCH_BLOCKS = 16
@@ -57,6 +57,24 @@ def collect(table_ptr: int, slots_ptr: int, rows_ptr: int, num_pages: int) -> No
     assert num_pages > 0 and rows_ptr % 16 == 0 and table_ptr % 16 == 0
     blocks = -(-num_pages // THREADS)
     launch("kv_rest", "kv_collect", blocks, THREADS, "QQQQ", (table_ptr, slots_ptr, rows_ptr, num_pages))
+
+
+def gather(
+    payloads_ptr: int,
+    rows_ptr: int,
+    slots_ptr: int,
+    there_ptr: int,
+    num_pages: int,
+    most: int,
+    blocks: int | None = None,
+) -> None:
+    """Copy payloads of up to ``most`` bytes to slots on the device, and their rows; see ``kv_rest.cu``.
+
+    ``blocks``: thread blocks at most; one a page when None. Runs on CuPy's current stream.
+    """
+    assert num_pages > 0 and rows_ptr % 16 == 0 and there_ptr % 16 == 0
+    arguments = payloads_ptr, rows_ptr, slots_ptr, there_ptr, num_pages, most
+    launch("kv_rest", "kv_gather", min(num_pages, blocks or num_pages), THREADS, "Q" * 6, arguments)
 
 
 def copies(dst, src, width, edges, kind: int, stream_ptr: int) -> int:

@@ -33,7 +33,7 @@ KERNELS = {
     for name in ("kv_encode", "kv_decode", "kv_entropy_encode", "kv_entropy_decode")
 }
 ENTROPY_WARPS = 4  # as in kv_entropy.cuh; each warp takes a stream
-DECODE_BYTES, PART_BYTES = 11936, 13632  # as there: tables of a part, for the decoder, and for both
+DECODE_BYTES, PART_BYTES = 11936, 15312  # as there: tables of a part, for the decoder, and for both
 _KINDS = {"abs": 0, "rel": 1, "rms": 2}
 
 
@@ -149,7 +149,7 @@ def encode_entropy(
     _launch_entropy(
         "kv_entropy_encode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
         (pages_ptr, fixed_rows_ptr, slots_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr),
-        PART_BYTES - DECODE_BYTES, 4096,
+        PART_BYTES - DECODE_BYTES, 2048,
     )  # fmt: skip
 
 
@@ -180,10 +180,16 @@ def decode_entropy(
     )  # fmt: skip
 
 
+def entropy_threads(geometry: Geometry) -> int:
+    """Return the threads of a block of the entropy kernels for such pages."""
+    return 32 * min(len(geometry.streams), ENTROPY_WARPS)
+
+
 def entropy_slot_bytes(geometry: Geometry) -> int:
     """Bytes of a slot of ``encode_entropy``, a multiple of 16."""
-    streams = -(-4 * len(geometry.streams) // 16) * 16
-    return -(-geometry.nbytes // 16) * 16 + 64 * geometry.groups + streams
+    # as struct Slot of kv_entropy_encode.cu says: half-words, words, sizes of streams, classes
+    work = 512 + 128 * geometry.groups + 4 * len(geometry.streams) + geometry.groups
+    return -(-geometry.nbytes // 16) * 16 + -(-work // 16) * 16
 
 
 def entropy_tables(tables) -> np.ndarray:
@@ -206,7 +212,8 @@ def _part_tables(tables, part: int) -> np.ndarray:
     factor = -(-(np.uint64(1) << (k + np.uint64(31))).astype(object) // np.maximum(f, 1).astype(object))
     factor = np.where(f > 1, factor, 2**32 - 1).astype(np.uint64)
     added = c + np.where(f == 1, np.uint64(TABLE_TOTAL - 1), np.uint64(0))
-    divide = np.stack([factor, f | added << np.uint64(11) | (k - np.uint64(1)) << np.uint64(22)], axis=1)
+    total = np.uint64(TABLE_TOTAL)
+    divide = np.stack([factor, f << np.uint64(21), total - f, added << np.uint64(5) | k - np.uint64(1)], axis=1)
     memory = np.zeros(PART_BYTES, np.uint8)
     memory[: slots.size] = slots
     s = np.arange(NUM_SYMBOLS)
@@ -228,16 +235,16 @@ def _launch_entropy(
     tables.check_geometry(geometry)
     same = geometry.parts is None or _parts_are_equal(tables)
     hints_ptr = 0 if tables.hints is None else tables_ptr + 2 * PART_BYTES
-    warps = min(len(geometry.streams), ENTROPY_WARPS)
+    threads = entropy_threads(geometry)
     fast = aligned and not geometry.flat
     launch(
-        name, f"{name}<{dtype}, {'true' if fast else 'false'}>", min(num_pages, blocks or num_pages), 32 * warps,
+        name, f"{name}<{dtype}, {'true' if fast else 'false'}>", min(num_pages, blocks or num_pages), threads,
         "Q" * (len(pointers) + 17),
         (
             *pointers, num_pages, tables_ptr, hints_ptr, tables.id, tables.digest, 1 if same else 2,
             *_geometry_arguments(geometry),
         ),
-        part_bytes * (1 if same else 2) + warp_bytes * warps,
+        part_bytes * (1 if same else 2) + warp_bytes * threads // 32,
     )  # fmt: skip
 
 

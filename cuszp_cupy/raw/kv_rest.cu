@@ -1,5 +1,6 @@
-// kv_fetch, kv_publish, kv_collect: what surrounds encoding and decoding in a pipeline: arguments to the device, rows
-// to and from the page table, and the ends of regions that came out longer than what a copy was told to move.
+// kv_fetch, kv_publish, kv_collect, kv_gather: what surrounds encoding and decoding in a pipeline: arguments to the
+// device, rows to and from the page table, the ends of regions that came out longer than what a copy was told to move,
+// and payloads to the device.
 //
 // kv_fetch     before the others
 //   in   from[num_words]         uint4  in mapped pinned host memory
@@ -19,6 +20,13 @@
 //
 // kv_collect   before kv_decode
 //   out  rows[num_pages]         uint4  = table[slots[page]]
+//
+// kv_gather    before kv_decode and kv_entropy_decode, where payloads lie in host memory
+//   in   payloads[num_pages]     u64    addresses, 16-byte aligned; a payload lies 16 x its row's place behind
+//   in   rows[num_pages]         uint4
+//   out  slots[num_pages]        u64    addresses of device memory for `most` bytes each, 16-byte aligned
+//   out  there[num_pages]        uint4  the rows with place 0
+//   in   most                    u32    bytes; of longer payloads, which are damaged, no more is copied
 //
 //   grid any     block any     shared 0
 
@@ -50,4 +58,18 @@ __global__ void kv_collect(
     const uint4* __restrict__ table, const u32* __restrict__ slots, uint4* __restrict__ rows, u32 num_pages) {
     const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < num_pages) rows[i] = table[slots[i]];
+}
+
+__global__ void kv_gather(
+    const u64* __restrict__ payloads, const uint4* __restrict__ rows, const u64* __restrict__ slots,
+    uint4* __restrict__ there, u32 num_pages, u32 most) {
+    for (u32 page = blockIdx.x; page < num_pages; page += gridDim.x) {
+        uint4 row = rows[page];
+        const uint4* const from = (const uint4*)payloads[page] + row.w;
+        uint4* const to = (uint4*)slots[page];
+        const u32 words = (min(row.y, most) + 15) / 16;
+        for (u32 i = threadIdx.x; i < words; i += blockDim.x) to[i] = from[i];
+        row.w = 0;
+        if (threadIdx.x == 0) there[page] = row;
+    }
 }
