@@ -18,10 +18,10 @@
 
 // A part's tables in device memory, as raw/kv.py lays them out. For the decoder: the symbol of each of 1024 slots of each
 // row; then two words a symbol: F | C << 16, and the magnitude it stands for | bits behind it << 16, or the class. For
-// the encoder: two words a symbol, which divide by F.
+// the encoder: four words a symbol, which divide by F.
 #define SLOT_BYTES ((CLASS_ROW + 1) * 1024)
 #define DECODE_BYTES 11936u   // a multiple of 16
-#define PART_BYTES 13632u     // and for the encoder
+#define PART_BYTES 15312u     // and for the encoder
 
 // e of class c; row of its table.
 __device__ inline u32 scale_of(u32 c) { return c >= SIGNED_ZEROS ? c - SIGNED_ZEROS : c; }
@@ -42,15 +42,3 @@ struct Stream {
     }
 };
 __device__ inline u32 num_streams(u32 groups) { return (groups + STREAM_GROUPS - 1) / STREAM_GROUPS; }
-
-// 2.9: what is expected of the next value of a sequence.
-struct Predictor {
-    int a = 0;
-    bool begun = false;
-
-    __device__ int operator()() const { return (a + 8) >> 4; }
-    __device__ void update(int q) {
-        a = begun ? a + (3 * (16 * q - a) >> 3) : 10 * q;
-        begun = true;
-    }
-};

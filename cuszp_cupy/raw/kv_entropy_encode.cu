@@ -5,12 +5,12 @@
 //   in   pages[num_pages]   u64    addresses of the pages, 2-byte aligned
 //   in   fixed_rows[num_pages]  uint4  what kv_encode wrote for them, without cursors
 //   i/o  slots[num_pages]   u64    where kv_encode put its payloads: device memory, 16-byte aligned. Behind a raw page's
-//                                  size, rounded up to 16, a slot has 64 bytes a group and 4 bytes a stream more
+//                                  size, rounded up to 16, a slot has room for what `Slot` says
 //   in   payloads, regions, cursors; out rows        as for kv_encode; payloads may be mapped pinned host memory
 //   in   tables, hints, tables_id, digest, parts_in_tables, geometry          as for kv_entropy_decode
 //   FAST: token groups, pages 4-byte aligned
 //   grid any (pages are taken in turn)     block  32 to ENTROPY_THREADS     shared  (PART_BYTES - DECODE_BYTES) a part in
-//        tables and 4096 bytes a warp
+//        tables and 2048 bytes a warp
 //
 // Guarantee: the bytes that reference.encode_page writes; places of a shared region in no particular order.
 // Format: sections 2.9 to 2.12.
@@ -25,73 +25,117 @@ struct Shared {
     u64 check[ENTROPY_WARPS];
 };
 
+// What lies in a slot behind the payload of kv_encode.
+#define GUARD 512   // bytes; up to 160 half-words, those of a pair and of a class, are written before they are counted
+struct Slot {
+    u16* half_words;   // 32 a group, after GUARD bytes: a stream's at the end of its region
+    u32* words;        // 16 a group: word i of group k is words[i groups + k], as `analyse` leaves them
+    u32* ends;         // of the streams in the payload
+    u8* classes;       // c | flag << 7 of each group
+
+    __device__ Slot(u8* at, u32 groups) {
+        half_words = (u16*)(at + GUARD);
+        words = (u32*)(at + GUARD + groups * 64ull);
+        ends = words + groups * 16ull;
+        classes = (u8*)(ends + num_streams(groups));
+    }
+};
+
 // A lane's coder. Half-words go to the stream's region from its end on.
 struct Encoder {
     u16* region;
-    u32 position;   // of the half-word written last, the same for all lanes
-    u32 least;      // positions below stay free, for the lanes' states
-    bool full;
+    int position;   // of the half-word written last, the same for all lanes
     u32 x;
 
-    __device__ void make_room(bool need, u32 limit) {
+    __device__ void make_room(u32 limit, bool need = true) {
         need = need && x >= limit;
-        const u32 who = __ballot_sync(FULL, need), lane = threadIdx.x & 31, count = __popc(who);
-        full = full || position < least + count;
-        if (full) return;   // the same for all lanes
-        position -= count;
+        const u32 who = __ballot_sync(FULL, need), lane = threadIdx.x & 31;
+        position -= __popc(who);
         if (need) {
             region[position + __popc(who & ((1u << lane) - 1))] = (u16)x;
             x >>= 16;
         }
     }
-    // entry: 2^(31 + k) / F rounded up, k = bits of F - 1; F | what is added << 11 | k - 1 << 22 (raw/kv.py)
-    __device__ void push(uint2 entry) {
-        const u32 quotient = __umulhi(x, entry.x) >> (entry.y >> 22);
-        x += (entry.y >> 11 & 0x7ffu) + quotient * (1024 - (entry.y & 0x7ffu));
+    // entry: 2^(31 + k) / F rounded up, k = bits of F - 1; F << 21; 1024 - F; what is added << 5 | k - 1 (raw/kv.py)
+    __device__ void push(uint4 entry) {
+        const u32 quotient = __funnelshift_r(__umulhi(x, entry.x), 0, entry.w);
+        x += (entry.w >> 5) + quotient * entry.z;
+    }
+    __device__ void push_bits(u32 bits, u32 n) { x = x << n | bits; }
+};
+
+// 2.10 backwards, for one value given as magnitude | sign << 15. `late`: without its sign.
+struct Values {
+    const uint4* entries;     // of the table
+    u32 low, always_signed;   // bits behind each symbol; not 0: zeros have signs, too
+
+    __device__ void operator()(Encoder& encoder, u32 v, bool late) const {
+        const u32 magnitude = v & 0x7fffu, scaled = magnitude >> low;
+        const bool with_sign = (magnitude | always_signed) != 0 && !late;
+        if (!__any_sync(FULL, scaled >= EXACT_SYMBOLS || low > 4)) {
+            const uint4 entry = entries[scaled];
+            encoder.make_room(entry.y >> low >> with_sign);
+            if (with_sign) encoder.push_bits(v >> 15, 1);
+            encoder.push_bits(magnitude & ~(~0u << low), low);
+            encoder.push(entry);
+            return;
+        }
+        const bool large = scaled >= EXACT_SYMBOLS;
+        const u32 symbol = large ? bit_length(scaled) + 11 : scaled, n = low + (large ? symbol - 12 : 0);
+        const u32 rest = magnitude & ~(~0u << n);
+        const bool wide = n > 4;
+        const uint4 entry = entries[symbol];
+        encoder.make_room(wide ? 1u << (35 - n - with_sign) : entry.y >> n >> with_sign);
+        if (with_sign) encoder.push_bits(v >> 15, 1);
+        if (wide) encoder.push_bits(rest >> 4, n - 4);
+        encoder.make_room(entry.y >> 4, wide);
+        encoder.push_bits(wide ? rest & 15u : rest, min(n, 4u));
+        encoder.push(entry);
     }
 };
 
-struct Group {
-    u32 c, flag;
-};
-
-// 2.9: what the group of a lane is. Its pairs are left at `stage`, each half of a word sign and magnitude: word 64 i of q,
-// or the storage bits; word 64 i + 32 of q - p. `hint`: the flag, where there are hints.
+// 2.9: one group. `words`: its pairs, each half of a word sign and magnitude of v. Returns c | flag << 7.
+// `hint`: the flag, or -1 where there are no hints.
 template <typename T, bool FAST>
-__device__ Group make_group(const u16* page, const Geometry& g, u32 group, int step, bool hinted, u32 hint, u32* stage) {
+__device__ u32 analyse(const u16* page, const Geometry& g, u32 group, int step, int hint, u32 (&words)[16]) {
     const u32 offset = g.offset(group);
     u32 largest = 0, negative_zero = 0;
-    #pragma unroll 4
+    #pragma unroll
     for (u32 i = 0; i < 16; i++) {
         const u32 at = offset + i * g.pair_stride;
-        u32 v;
-        if constexpr (FAST) v = __ldg((const u32*)(page + at));
-        else v = (at < g.values ? page[at] : 0) | (at + 1 < g.values ? (u32)page[at + 1] << 16 : 0);
-        stage[64 * i] = v;
-        largest = Storage<T>::maximum(largest, v & 0x7fff7fffu);
-        negative_zero |= (v & 0xffffu) == 0x8000u || v >> 16 == 0x8000u;
+        if constexpr (FAST) words[i] = __ldg((const u32*)(page + at));
+        else words[i] = (at < g.values ? page[at] : 0) | (at + 1 < g.values ? (u32)page[at + 1] << 16 : 0);
+    }
+    #pragma unroll
+    for (u32 i = 0; i < 16; i++) {
+        largest = Storage<T>::maximum(largest, words[i] & 0x7fff7fffu);
+        negative_zero |= (words[i] & 0xffffu) == 0x8000u || words[i] >> 16 == 0x8000u;
     }
     largest = Storage<T>::maximum(largest, largest >> 16);
     const Quantiser quantiser(step);
-    if (quantiser.template escapes<T>(Storage<T>::lo(largest))) return {ESCAPED, 0};
-    u32 plain_sum = 0, predicted_sum = 0;
-    Predictor first_values, second_values;
-    #pragma unroll 4
+    if (quantiser.template escapes<T>(Storage<T>::lo(largest))) return ESCAPED;
+    u32 differences[16], sum = 0, sum_of_differences = 0;
+    int a0 = 0, a1 = 0;
+    #pragma unroll
     for (u32 i = 0; i < 16; i++) {
-        const u32 v = stage[64 * i], magnitude = v & 0x7fff7fffu;
-        const u32 a = quantiser(Storage<T>::lo(magnitude)) & MAGNITUDE_MASK, b = quantiser(Storage<T>::hi(magnitude)) & MAGNITUDE_MASK;
-        const int q0 = v & 0x8000u ? -(int)a : (int)a, q1 = v >> 31 ? -(int)b : (int)b;
-        const int r0 = q0 - first_values(), r1 = q1 - second_values();
-        first_values.update(q0);
-        second_values.update(q1);
-        plain_sum += a + b;
-        predicted_sum += abs(r0) + abs(r1);
-        const u32 zeros = negative_zero ? v & 0x80008000u : (q0 < 0 ? 0x8000u : 0) | (q1 < 0 ? 0x80000000u : 0);
-        stage[64 * i] = a | b << 16 | zeros;
-        stage[64 * i + 32] = abs(r0) | (r0 < 0 ? 0x8000u : 0) | (u32)abs(r1) << 16 | (r1 < 0 ? 0x80000000u : 0);
+        const u32 magnitudes = words[i] & 0x7fff7fffu;
+        const int m0 = quantiser(Storage<T>::lo(magnitudes)) & MAGNITUDE_MASK;
+        const int m1 = quantiser(Storage<T>::hi(magnitudes)) & MAGNITUDE_MASK;
+        const int q0 = words[i] & 0x8000u ? -m0 : m0, q1 = words[i] >> 31 ? -m1 : m1;
+        const int d0 = q0 - ((a0 + 8) >> 4), d1 = q1 - ((a1 + 8) >> 4);
+        a0 = i ? a0 + ((48 * q0 - 3 * a0) >> 3) : 10 * q0;
+        a1 = i ? a1 + ((48 * q1 - 3 * a1) >> 3) : 10 * q1;
+        sum += m0 + m1;
+        sum_of_differences += abs(d0) + abs(d1);
+        words[i] = m0 | m1 << 16 | (words[i] & 0x80008000u);   // of a v = 0 the sign is coded with signed zeros only
+        differences[i] = abs(d0) | abs(d1) << 16 | (d0 < 0 ? 0x8000u : 0) | (d1 < 0 ? 0x80000000u : 0);
     }
-    const u32 flag = negative_zero ? 0 : hinted ? hint : predicted_sum < plain_sum;
-    return {bit_length(flag ? predicted_sum : plain_sum) + (negative_zero ? SIGNED_ZEROS : 0), flag};
+    if (negative_zero) return bit_length(sum) + SIGNED_ZEROS;
+    const bool predicted = hint < 0 ? sum_of_differences < sum : hint;
+    if (!predicted) return bit_length(sum);
+    #pragma unroll
+    for (u32 i = 0; i < 16; i++) words[i] = differences[i];
+    return bit_length(sum_of_differences) | 128;
 }
 
 // Half-words [8 i, 8 i + 8) of the payload: the bases and sizes, then the streams, which lie at the ends of their regions.
@@ -129,13 +173,13 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
     const uint4* __restrict__ tables, const signed char* __restrict__ hints, u32 tables_id, u32 digest, u32 parts_in_tables,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer) {
-    extern __shared__ uint4 shared4[];   // tables, then 32 words a lane
+    extern __shared__ uint4 shared4[];   // tables, then 16 words a lane
     __shared__ Shared shared;
     const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
     const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warps = blockDim.x >> 5;
     const u32 streams = num_streams(groups), raw_bytes = (2 * values + 15) / 16 * 16;
-    const uint2* const table0 = (const uint2*)shared4;
-    u32* const stage = (u32*)((u8*)shared4 + parts_in_tables * ENCODE_BYTES) + 1024 * warp + lane;
+    const uint4* const table0 = shared4;
+    u32* const stage = (u32*)((u8*)shared4 + parts_in_tables * ENCODE_BYTES) + 512 * warp + lane;   // word i: stage[32 i]
 
     for (u32 p = 0; p < parts_in_tables; p++) {
         for (u32 i = tid; i < ENCODE_BYTES / 16; i += blockDim.x)
@@ -147,8 +191,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
         const u16* const page = (const u16*)pages[index];
         const uint4 fixed = fixed_rows[index];
         u8* const slot = (u8*)slots[index];
-        u16* const half_words = (u16*)(slot + raw_bytes);
-        u32* const ends = (u32*)(slot + raw_bytes + groups * 64ull);   // of streams, in the payload
+        const Slot work(slot + raw_bytes, groups);
         const int step0 = (int)(fixed.x & 1023) - STEP_BIAS, step1 = (int)(fixed.x >> 10 & 1023) - STEP_BIAS;
         const bool raw = (fixed.x >> 20 & 15u) == CODING_RAW;   // no steps
 
@@ -164,9 +207,14 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
         for (u32 group = tid; group < groups && !raw; group += blockDim.x) {
             const u32 part = g.part(group), pair = group % groups_per_row;
             const int shift = hints ? hints[2 * pair] : 0;
-            const Group here = make_group<T, FAST>(page, g, group, part ? step1 : step0, hints != nullptr, hints ? hints[2 * pair + 1] & 1 : 0, stage);
-            if (here.c == ESCAPED) continue;
-            const int e = (int)scale_of(here.c) - shift;
+            u32 words[16];
+            const u32 found = analyse<T, FAST>(page, g, group, part ? step1 : step0, hints ? hints[2 * pair + 1] & 1 : -1, words);
+            const u32 c = found & 127u;
+            work.classes[group] = (u8)found;
+            #pragma unroll
+            for (u32 i = 0; i < 16; i++) work.words[i * groups + group] = words[i];
+            if (c == ESCAPED) continue;
+            const int e = (int)scale_of(c) - shift;
             sum[0] += part ? 0 : e, sum[1] += part ? e : 0;
             count[0] += !part, count[1] += part;
         }
@@ -189,76 +237,56 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
         // 2.10, backwards
         for (u32 number = warp; number < streams && !raw; number += warps) {
             const Stream s(number, groups);
-            Encoder encoder = {half_words + 32 * s.first, 32 * s.groups, 2 * s.lanes, false, LOWEST_STATE};
+            Encoder encoder = {work.half_words + 32 * s.first, (int)(32 * s.groups), LOWEST_STATE};
+            const int least = 2 * s.lanes;   // the lanes' states come before
             #pragma unroll 1
-            for (u32 turn = s.turns; turn-- > 0;) {
-                const u32 in_stream = turn * s.lanes + lane;
+            for (u32 turn = s.turns; turn-- > 0 && encoder.position >= least;) {
+                const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
                 const bool here = lane < s.lanes && in_stream < s.groups;
                 const bool last = here && in_stream + s.lanes >= s.groups;
-                const u32 part = here ? g.part(s.first + in_stream) : 0;
-                u32 c = 0, flag = 0;
+                u32 c = 0, flag = 0, part = 0, signs = 0;   // as c = 0 takes nothing, lanes without a group do nothing
                 int shift = 0;
                 if (here) {
-                    const u32 pair = (s.first + in_stream) % groups_per_row;
-                    if (hints) shift = hints[2 * pair];
-                    const Group group = make_group<T, FAST>(page, g, s.first + in_stream, part ? step1 : step0, hints != nullptr,
-                                                            hints ? hints[2 * pair + 1] & 1 : 0, stage);
-                    c = group.c, flag = group.flag;
+                    c = work.classes[group] & 127u, flag = work.classes[group] >> 7;
+                    part = g.part(group);
+                    if (hints) shift = hints[2 * (group % groups_per_row)];
                 }
-                const uint2* const table = table0 + (parts_in_tables > 1 ? part * (ENCODE_BYTES / 8) : 0);
-                const uint2* const symbols = table + row_of(c) * NUM_SYMBOLS;
-                const u32 low = low_of(c);
-                const u32* const words = stage + (flag ? 32 : 0);
-                if (last) {
-                    u32 signs = 0;
-                    #pragma unroll 4
-                    for (u32 i = 0; i < 16; i++) signs |= words[64 * i] >> 31 << i;
-                    encoder.x = 0x10000u | signs;
+                #pragma unroll
+                for (u32 i = 0; i < 16; i++) {
+                    const u32 word = here ? work.words[i * groups + group] : 0;
+                    signs |= (word >> 16 & 0x7fffu) || c >= SIGNED_ZEROS ? word >> 31 << i : 0;
+                    stage[32 * i] = word;
                 }
+                if (last) encoder.x = 0x10000u | signs;
+                const uint4* const table = table0 + (parts_in_tables > 1 ? part * (ENCODE_BYTES / 16) : 0);
+                const Values code = {table + row_of(c) * NUM_SYMBOLS, low_of(c), c >= SIGNED_ZEROS};
                 #pragma unroll 1
-                for (u32 i = 16; i-- > 0;) {
-                    const u32 word = here ? words[64 * i] : 0;
-                    #pragma unroll
-                    for (u32 k = 0; k < 2; k++) {
-                        const u32 half = k ? word & 0xffffu : word >> 16, magnitude = half & 0x7fffu;   // the second first
-                        const u32 scaled = magnitude >> low;
-                        const bool large = scaled >= EXACT_SYMBOLS;
-                        const u32 symbol = large ? bit_length(scaled) + 11 : scaled;
-                        const u32 n = here ? low + (large ? symbol - 12 : 0) : 0, rest = magnitude & ((1u << n) - 1);
-                        const u32 with_sign = here && (magnitude != 0 || c >= SIGNED_ZEROS) && !(!k && last);
-                        const uint2 entry = symbols[symbol];
-                        const u32 f = entry.y & 0x7ffu;
-                        const bool wide = n > 4;
-                        encoder.make_room(here, wide ? 1u << (35 - n - with_sign) : f << (21 - min(n, 4u) - with_sign));
-                        if (with_sign) encoder.x = encoder.x << 1 | half >> 15;
-                        if (__any_sync(FULL, wide)) {
-                            if (wide) encoder.x = encoder.x << (n - 4) | rest >> 4;
-                            encoder.make_room(wide, f << 17);
-                        }
-                        encoder.x = encoder.x << min(n, 4u) | (wide ? rest & 15u : rest);
-                        if (here) encoder.push(entry);
-                    }
+                for (u32 i = 16; i-- > 0 && encoder.position >= least;) {
+                    const u32 word = stage[32 * i];
+                    code(encoder, word >> 16, last);
+                    code(encoder, word & 0xffffu, false);
                 }
                 const u32 symbol = c == ESCAPED ? ESCAPED : (u32)((int)c - shift - (part ? base[1] : base[0]) + CLASS_LIMIT + 78) % ESCAPED;
-                const uint2 entry = table[CLASS_ROW * NUM_SYMBOLS + symbol];
-                encoder.make_room(here, (entry.y & 0x7ffu) << (hints ? 21 : 20));
-                if (!hints) encoder.x = encoder.x << 1 | flag;
-                if (here) encoder.push(entry);
-                if (encoder.full) break;
+                const uint4 entry = table[CLASS_ROW * NUM_SYMBOLS + symbol];
+                encoder.make_room(entry.y >> !hints, here);
+                if (here) {
+                    if (!hints) encoder.push_bits(flag, 1);
+                    encoder.push(entry);
+                }
             }
-            if (encoder.full) {
+            if (encoder.position < least) {   // the same for all lanes
                 if (lane == 0) shared.too_large = 1;
                 continue;
             }
-            u16* const states = encoder.region + encoder.position - 2 * s.lanes;
+            u16* const states = encoder.region + encoder.position - least;
             if (lane < s.lanes) states[2 * lane] = (u16)encoder.x, states[2 * lane + 1] = (u16)(encoder.x >> 16);
-            if (lane == 0) ends[number] = 32 * s.groups - encoder.position + 2 * s.lanes;   // its size, so far
+            if (lane == 0) work.ends[number] = 32 * s.groups - encoder.position + least;   // its size, so far
         }
         __syncthreads();
         bool entropy = !raw && !shared.too_large;   // the same for all threads
         if (tid == 0) {
             u32 end = 1 + streams;
-            for (u32 number = 0; entropy && number < streams; number++) ends[number] = end += ends[number];
+            for (u32 number = 0; entropy && number < streams; number++) work.ends[number] = end += work.ends[number];
             shared.half_words = end;
         }
         __syncthreads();
@@ -273,7 +301,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
         u32* const payload = (u32*)payloads[index] + 4ull * shared.place;
         u64 check = 0;
         for (u32 i = tid; i < (bytes + 15) / 16; i += blockDim.x) {
-            uint4 w = entropy ? gather(i, (u32)base[0] | (kw == period ? 0 : (u32)base[1] << 8), half_words, ends, streams, groups)
+            uint4 w = entropy ? gather(i, (u32)base[0] | (kw == period ? 0 : (u32)base[1] << 8), work.half_words, work.ends, streams, groups)
                               : ((const uint4*)slot)[i];
             const u32 word[4] = {w.x, w.y, w.z, w.w};
             if (16 * i + 16 <= bytes) store16(payload + 4 * i, w);
