@@ -47,6 +47,7 @@ def swap_parser() -> argparse.ArgumentParser:
         "--plot", metavar="FILE", type=_output, help="draw speed against page size (needs matplotlib)"
     )
     result.add_argument("--bound", type=_bound, default="rms:0.05", help="error bound (default: %(default)s)")
+    result.add_argument("--coding", choices=codec.KV_CODINGS, default="fixed", help="(default: %(default)s)")
     result.add_argument(
         "--seconds",
         metavar="S",
@@ -209,15 +210,15 @@ def swap_main(arguments: list[str]) -> int:
     result = {
         "machine": described,
         "parameters": {
-            "quick": options.quick, "bound": options.bound, "seconds": seconds, "soak_minutes": options.soak,
-            "batch_bytes": swap.BATCH_BYTES, "num_batches": swap.NUM_BATCHES,
+            "quick": options.quick, "bound": options.bound, "coding": options.coding, "seconds": seconds,
+            "soak_minutes": options.soak, "batch_bytes": swap.BATCH_BYTES, "num_batches": swap.NUM_BATCHES,
         },
     }  # fmt: skip
     with progress() as step:
         if options.soak:
-            result["soak"] = soak.soak(options.soak, options.bound, step=step)
+            result["soak"] = soak.soak(options.soak, options.bound, options.coding, step=step)
         else:
-            result |= swap.gpu_rows(options.quick, options.bound, seconds, step=step)
+            result |= swap.gpu_rows(options.quick, options.bound, options.coding, seconds, step=step)
     if options.json:
         report.write_json(result, options.json)
     if options.soak:
@@ -226,7 +227,7 @@ def swap_main(arguments: list[str]) -> int:
         return int(bool(result["soak"]["mismatches"] or result["soak"]["damaged"]))
     if options.plot:
         report.plot_swap(result, options.plot)
-    title = f"{machine.title(described)}, {options.bound}"
+    title = f"{machine.title(described)}, {options.coding}, {options.bound}"
     console.print(report.swap_table(result["rows"], title, swap.BATCH_BYTES))
     console.print(report.ablation_table(result["ablation"]))
     console.print(report.tax_table(result["tax"]))

@@ -50,12 +50,12 @@ def measure(pipeline) -> dict[str, float]:
     def encode(target, blocks, count=num):
         block.payloads[:] = target + places
         block.upload("slots", "payloads", store.codec)
-        return gbps(
-            store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, store.scratch, cursors=False)
-        )
+        scratch = store.scratch
+        return gbps(store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, scratch, cursors=False))
 
-    def decode(blocks):
-        return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, blocks, block.status_ptr))
+    def decode(blocks, scratch):
+        status = block.status_ptr
+        return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, blocks, status, scratch))
 
     speed = {"h2d": copy(load.copy, raw, host.ctypes.data, runtime.memcpyHostToDevice)}
     speed["d2h"] = copy(store.copy, host.ctypes.data, raw, runtime.memcpyDeviceToHost)

@@ -214,8 +214,8 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
 def test_arguments_have_the_documented_defaults():
     options = bench.swap_parser().parse_args([])
     assert vars(options) == {
-        "quick": False, "json": None, "plot": None, "bound": "rms:0.05", "seconds": None, "soak": None,
-        "device": None,
+        "quick": False, "json": None, "plot": None, "bound": "rms:0.05", "coding": "fixed",
+        "seconds": None, "soak": None, "device": None,
     }  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_a_wrong_page_makes_the_soak_fail(found, monkeypatch, capsys):
     described = machine.describe
     monkeypatch.setattr(machine, "_gpu", lambda: None)
     monkeypatch.setattr(machine, "describe", lambda: described() | {"gpu": None})
-    monkeypatch.setattr(soak, "soak", lambda minutes, bound, step: result)
+    monkeypatch.setattr(soak, "soak", lambda minutes, bound, coding, step: result)
     assert bench.main(["swap", "--soak", "1"]) == 0
     result[found] = 1
     assert bench.main(["swap", "--soak", "1"]) == 1
@@ -266,7 +266,8 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-def test_a_short_soak_finds_nothing():
-    result = soak.soak(0.05, "rms:0.05")
+@pytest.mark.parametrize("coding", ["fixed", "entropy"])
+def test_a_short_soak_finds_nothing(coding):
+    result = soak.soak(0.05, "rms:0.05", coding)
     assert result["mismatches"] == result["damaged"] == 0
     assert result["pages_loaded"] > 100 and result["calls"]["evictions"] > 0

@@ -5,6 +5,7 @@ Every measurement is a *row*: a dict of plain values with the keys of ``ROW``, N
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ ROW = (
     "decompress_gbps", "decompress_spread_percent", "decompress_of_copy", "max_error_over_eb",
 )  # fmt: skip
 KV_BOUNDS = ("rms:0.02", "rms:0.05", "rms:0.2")
+KV_CODINGS = ("fixed", "entropy")
 ARRAY_BOUND = "rel:0.001"
 METADATA_BYTES = 4 * ROW_WORDS  # of a page in a table; a blob, which stands alone, has HEADER_BYTES
 #: A page's mean square is summed in float32 (format.py, 2.7), so its eb is that of float64 to this much only.
@@ -121,10 +123,10 @@ def reference_rows(bounds=KV_BOUNDS, quick: bool = False, step=lambda text: None
     """
     rows = []
     for pages in page_sets(quick):
-        taken = pages.pages[::6] if quick else pages.pages
-        for bound in bounds:
-            step(f"{pages.name}, {bound}: {len(taken)} pages through the reference")
-            rows.append(_reference_pages(pages.name, taken, pages.geometry, bound))
+        for coding, bound in itertools.product(KV_CODINGS, bounds):
+            taken = pages.pages[:: (6 if quick else 1) * (1 if coding == "fixed" else 4)]
+            step(f"{pages.name}, {coding}, {bound}: {len(taken)} pages through the reference")
+            rows.append(_reference_pages(pages.name, taken, pages.geometry, coding, bound))
     x = array_sample()[:1024] if quick else array_sample()
     eb = value_range_eb(x, ARRAY_BOUND)
     for mode in MODES:
@@ -141,13 +143,13 @@ def reference_rows(bounds=KV_BOUNDS, quick: bool = False, step=lambda text: None
     return rows
 
 
-def _reference_pages(name: str, pages: np.ndarray, geometry: Geometry, bound: str) -> dict:
-    blobs = [reference.encode_page(page, bound, geometry=geometry) for page in pages]
+def _reference_pages(name: str, pages: np.ndarray, geometry: Geometry, coding: str, bound: str) -> dict:
+    blobs = [reference.encode_page(page, bound, coding, geometry=geometry) for page in pages]
     decoded = np.stack([reference.decode_page(blob) for blob in blobs])
     nbytes = sum(len(blob) - HEADER_BYTES + METADATA_BYTES for blob in blobs)
     error = page_error_over_eb(pages, decoded, bound, geometry.parts)
     return row(
-        data=name, mbytes=pages.nbytes / 1e6, codec="kv fixed", bound=bound, ratio=pages.nbytes / nbytes,
+        data=name, mbytes=pages.nbytes / 1e6, codec=f"kv {coding}", bound=bound, ratio=pages.nbytes / nbytes,
         bits_per_value=8 * nbytes / pages.size, max_error_over_eb=check_within(error, f"{name}, {bound}"),
     )  # fmt: skip
 

@@ -61,7 +61,7 @@ def check(stream, loaded, expected, content, wrong) -> None:
         wrong += (loaded != expected[cupy.asarray(content)]).any(axis=1).sum().astype(wrong.dtype)
 
 
-def soak(minutes: float, bound: str, step=lambda text: None, seed: int = 0) -> dict:
+def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: int = 0) -> dict:
     """Use two pipelines, arena and rows, at random on several streams; return what was done and found.
 
     Returns:
@@ -78,9 +78,9 @@ def soak(minutes: float, bound: str, step=lambda text: None, seed: int = 0) -> d
     host = pinned(NUM_SLOTS * size)
     common = {"num_slots": NUM_SLOTS, "transport": "auto", "ring_bytes": RING_BYTES}
     slots_bytes = int(NUM_SLOTS * size * ARENA_SHARE)
-    arena = SwapPipeline(geometry, "bfloat16", bound, arena_bytes=slots_bytes, **common)
+    arena = SwapPipeline(geometry, "bfloat16", bound, coding, arena_bytes=slots_bytes, **common)
     rows = HostRows(host.ctypes.data, PAGES_PER_ROW * size, PAGES_PER_ROW, host)
-    rows = SwapPipeline(geometry, "bfloat16", bound, host=rows, **common)
+    rows = SwapPipeline(geometry, "bfloat16", bound, coding, host=rows, **common)
     sides = [(arena, Model(NUM_SLOTS, 1)), (rows, Model(NUM_SLOTS, PAGES_PER_ROW))]
 
     source, expected = cupy.asarray(x), cupy.asarray(np.concatenate([decoded, x]))  # as stored raw: unchanged

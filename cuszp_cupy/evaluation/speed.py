@@ -5,14 +5,17 @@ Everything is verified before it is timed: bytes against the reference, errors a
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from .. import reference
 from ..bound import Bound, parse_parts
 from ..format import HEADER_BYTES, MODES, Geometry, max_stream_bytes
-from ..raw import cuszp, kv, library
+from ..page_codec import PageCodec
+from ..raw import cuszp, library
 from . import codec, data, timing
-from .codec import ARRAY_BOUND, KV_BOUNDS, PageSet
+from .codec import ARRAY_BOUND, KV_BOUNDS, KV_CODINGS, PageSet
 
 BATCH_BYTES = 256 << 20  # several times the L2 cache of any GPU, so one set of buffers is cold
 SMALL_BYTES = 1 << 20
@@ -83,20 +86,21 @@ class Batch:
         payload: uint8 CuPy array, (num_pages, bytes of a raw page), from ``cupy.empty`` or ``pinned``.
     """
 
-    def __init__(self, x, geometry: Geometry, bound: str, payload):
+    def __init__(self, x, geometry: Geometry, bound: str, payload, coding: str = "fixed"):
         import cupy
 
-        self.x, self.geometry, self.payload = x, geometry, payload
-        self.bounds = parse_parts(bound, len(geometry.part_values))
+        self.x, self.geometry, self.payload, self.coding = x, geometry, payload, coding
+        self.codec = PageCodec(geometry, x.dtype.name, parse_parts(bound, len(geometry.part_values)), coding)
+        self.scratch = self.codec.new_scratch(len(x))
         self.rows = cupy.zeros((len(x), 4), cupy.uint32)
         self.status = cupy.zeros(len(x), cupy.uint32)
         self.x_addresses, self.payload_addresses = _addresses(x), _addresses(payload)
 
     def encode(self, i: int = 0) -> None:
         """Enqueue the encoding of all pages."""
-        kv.encode(
+        self.codec.encode(
             self.x_addresses.data.ptr, self.payload_addresses.data.ptr, self.rows.data.ptr, len(self.x),
-            self.x.dtype.name, self.geometry, self.bounds, aligned=True,
+            aligned=True, scratch=self.scratch,
         )  # fmt: skip
 
     def decoder(self, y):
@@ -104,9 +108,9 @@ class Batch:
         y_addresses = _addresses(y)
 
         def decode(i: int = 0) -> None:
-            kv.decode(
+            self.codec.decode(
                 self.payload_addresses.data.ptr, self.rows.data.ptr, y_addresses.data.ptr, self.status.data.ptr,
-                len(self.x), self.x.dtype.name, self.geometry, aligned=True,
+                len(self.x), aligned=True,
             )  # fmt: skip
 
         return decode
@@ -125,29 +129,29 @@ def _addresses(array):
 
 
 def kv_rows(pages: PageSet, seconds: float, bounds=KV_BOUNDS, nbytes: int = BATCH_BYTES) -> list[dict]:
-    """Return the rows of a batch of ``nbytes`` of pages: a device copy, then ``kv`` fixed at each bound."""
+    """Return the rows of ``nbytes`` of pages: a device copy, then ``kv`` in both codings at each bound."""
     import cupy
 
     x = data.tiled(pages.pages, nbytes, xp=cupy)
     y = cupy.empty_like(x)
     samplers = {"copy": timing.events(lambda i: copy_bytes(y.data.ptr, x.data.ptr, nbytes), 4)}
     batches, errors = {}, {}
-    for bound in bounds:
+    for coding, bound in itertools.product(KV_CODINGS, bounds):
         payload = cupy.empty((len(x), pages.geometry.nbytes), cupy.uint8)
-        batch = batches[bound] = Batch(x, pages.geometry, bound, payload)
-        errors[bound] = check_batch(batch, y, f"{pages.name}, {bound}", bound)
-        samplers[bound, "compress"] = timing.events(batch.encode, 4)
-        samplers[bound, "decompress"] = timing.events(batch.decoder(y), 4)
+        batch = batches[coding, bound] = Batch(x, pages.geometry, bound, payload, coding)
+        errors[coding, bound] = check_batch(batch, y, f"{pages.name}, {coding}, {bound}", bound)
+        samplers[coding, bound, "compress"] = timing.events(batch.encode, 4)
+        samplers[coding, bound, "decompress"] = timing.events(batch.decoder(y), 4)
     times = timing.interleaved(samplers, seconds)
 
     rows = [_copy_row(pages.name, nbytes, times["copy"])]
-    for bound, batch in batches.items():
-        both = {what: times[bound, what] for what in ("compress", "decompress")}
+    for (coding, bound), batch in batches.items():
+        both = {what: times[coding, bound, what] for what in ("compress", "decompress")}
         rows.append(
             codec.row(
-                data=pages.name, mbytes=nbytes / 1e6, codec="kv fixed", bound=bound,
+                data=pages.name, mbytes=nbytes / 1e6, codec=f"kv {coding}", bound=bound,
                 ratio=nbytes / batch.nbytes, bits_per_value=16 * batch.nbytes / nbytes,
-                max_error_over_eb=errors[bound],
+                max_error_over_eb=errors[coding, bound],
                 **_speeds(nbytes, nbytes + batch.nbytes, times["copy"], **both),
             )
         )  # fmt: skip
@@ -166,7 +170,7 @@ def check_batch(batch: Batch, y, what: str, bound: str) -> float:
     for i in np.linspace(0, len(batch.x) - 1, NUM_CHECKED).astype(int):
         page, decoded = (cupy.asnumpy(a[i].view(cupy.uint16)) for a in (batch.x, y))
         page = page.view(data.DTYPES[batch.x.dtype.name])
-        blob = reference.encode_page(page, bound, geometry=batch.geometry)
+        blob = reference.encode_page(page, bound, batch.coding, geometry=batch.geometry)
         row, words = batch.rows[i].get(), np.frombuffer(blob[:HEADER_BYTES], "<u4")
         payload = batch.payload[i, : int(row[1])].get().tobytes()
         if payload != blob[HEADER_BYTES:] or row[:3].tolist() != words[[1, 6, 7]].tolist():

@@ -45,7 +45,7 @@ ROW = (
 )  # fmt: skip
 
 
-def gpu_rows(quick: bool, bound: str, seconds: float, step=lambda text: None) -> dict:
+def gpu_rows(quick: bool, bound: str, coding: str, seconds: float, step=lambda text: None) -> dict:
     """Measure on the current GPU; ``seconds`` of timing a table section.
 
     Returns:
@@ -66,7 +66,7 @@ def gpu_rows(quick: bool, bound: str, seconds: float, step=lambda text: None) ->
             if ROWS[kind] and ROWS[kind] < pages.geometry.nbytes:
                 continue
             step(f"{pages.name}, {kind}: checking, then timing")
-            case = Case(pages, kind, host, bound)
+            case = Case(pages, kind, host, bound, coding)
             rows = case_rows(case, seconds)
             if kib == QUICK_KIB and kind == "arena":
                 result["timeline"] = timeline(case)
@@ -80,7 +80,7 @@ def gpu_rows(quick: bool, bound: str, seconds: float, step=lambda text: None) ->
             if case.swap.stats.failed_pages:
                 raise AssertionError(f"{pages.name}, {kind}: pages came back damaged:\n{case.swap.stats}")
     step(f"{DESCRIPTORS} descriptors")
-    result["descriptors"] = descriptor_rows(host, bound)
+    result["descriptors"] = descriptor_rows(host, bound, coding)
     add_shares(result["rows"])
     return result
 
@@ -116,10 +116,10 @@ class Case:
         host: pinned memory for plain copies and for slots in rows.
     """
 
-    def __init__(self, pages: PageSet, kind: str, host: np.ndarray, bound: str):
+    def __init__(self, pages: PageSet, kind: str, host: np.ndarray, bound: str, coding: str):
         import cupy
 
-        self.pages, self.kind, self.bound, self._host = pages, kind, bound, host
+        self.pages, self.kind, self.bound, self.coding, self._host = pages, kind, bound, coding, host
         size = pages.geometry.nbytes
         self.num = num = BATCH_BYTES // size
         slots, order, rng = np.arange(2 * NUM_BATCHES * num), np.arange(num), np.random.default_rng(0)
@@ -136,7 +136,7 @@ class Case:
         self.y = cupy.empty_like(self.x)
         self.x_ptrs, self.y_ptrs = (pointers(array, order, size) for array in (self.x, self.y))
         self.swap = SwapPipeline(
-            pages.geometry, "bfloat16", bound, num_slots=slots.size, transport="staged", **options
+            pages.geometry, "bfloat16", bound, coding, num_slots=slots.size, transport="staged", **options
         )
         self._fused_blocks = self.swap.fused_blocks
         self.swap.calibrate()
@@ -436,7 +436,7 @@ def check(case: Case, transport: str, all_blocks: bool, good) -> tuple[int, obje
         expected = case.y.view(cupy.uint16).copy()
         for i in np.linspace(0, case.num - 1, 4 if case.num > 1024 else 2).astype(int):
             page = cupy.asnumpy(case.x[i].view(cupy.uint16)).view(case.pages.pages.dtype)
-            blob = reference.encode_page(page, case.bound, geometry=case.pages.geometry)
+            blob = reference.encode_page(page, case.bound, case.coding, geometry=case.pages.geometry)
             wanted = reference.decode_page(blob).view(np.uint16)
             if not np.array_equal(cupy.asnumpy(case.y[i].view(cupy.uint16)), wanted):
                 raise AssertionError(f"{what}: page {i} did not come back as the reference decodes it")
@@ -544,7 +544,9 @@ def timeline(case: Case) -> list[dict]:
     return stages
 
 
-def descriptor_rows(host: np.ndarray, bound: str, num: int = DESCRIPTORS, calls: int = 7) -> list[dict]:
+def descriptor_rows(
+    host: np.ndarray, bound: str, coding: str, num: int = DESCRIPTORS, calls: int = 7
+) -> list[dict]:
     """Return the host's time for calls of ``num`` pages of 64 KiB given by their addresses, rows of 512 KiB.
 
     Returns:
@@ -559,7 +561,7 @@ def descriptor_rows(host: np.ndarray, bound: str, num: int = DESCRIPTORS, calls:
     x = data.tiled(pages.pages, num * size, xp=cupy)
     order = np.random.default_rng(0).permutation(num)
     rows, stream = HostRows(host.ctypes.data, per_row * size, per_row, host), cupy.cuda.Stream(non_blocking=True)
-    swap = SwapPipeline(pages.geometry, "bfloat16", bound, num_slots=num, transport="staged", host=rows)
+    swap = SwapPipeline(pages.geometry, "bfloat16", bound, coding, num_slots=num, transport="staged", host=rows)
     cupy.cuda.Device().synchronize()
     addresses, slots, results = pointers(x, order, size), np.arange(num), []
     for direction in DIRECTIONS["both"]:
