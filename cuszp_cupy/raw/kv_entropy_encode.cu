@@ -43,8 +43,8 @@ struct Slot {
 
 // A lane's coder. Half-words go to the stream's region from its end on.
 struct Encoder {
-    u16* region;
-    int position;   // of the half-word written last, the same for all lanes
+    u16* slot;      // from the guard on
+    u32 position;   // of the half-word written last, the same for all lanes
     u32 x;
 
     __device__ void make_room(u32 limit, bool need = true) {
@@ -52,7 +52,7 @@ struct Encoder {
         const u32 who = __ballot_sync(FULL, need), lane = threadIdx.x & 31;
         position -= __popc(who);
         if (need) {
-            region[position + __popc(who & ((1u << lane) - 1))] = (u16)x;
+            slot[position + __popc(who & ((1u << lane) - 1))] = (u16)x;
             x >>= 16;
         }
     }
@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
         // 2.10, backwards
         for (u32 number = warp; number < streams && !raw; number += warps) {
             const Stream s(number, groups);
-            Encoder encoder = {work.half_words + 32 * s.first, (int)(32 * s.groups), LOWEST_STATE};
-            const int least = 2 * s.lanes;   // the lanes' states come before
+            const u32 begin = GUARD / 2 + 32 * s.first, end = begin + 32 * s.groups, least = begin + 2 * s.lanes;
+            Encoder encoder = {work.half_words - GUARD / 2, end, LOWEST_STATE};
             #pragma unroll 1
             for (u32 turn = s.turns; turn-- > 0 && encoder.position >= least;) {
                 const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
@@ -278,9 +278,9 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
                 if (lane == 0) shared.too_large = 1;
                 continue;
             }
-            u16* const states = encoder.region + encoder.position - least;
+            u16* const states = encoder.slot + encoder.position - 2 * s.lanes;
             if (lane < s.lanes) states[2 * lane] = (u16)encoder.x, states[2 * lane + 1] = (u16)(encoder.x >> 16);
-            if (lane == 0) work.ends[number] = 32 * s.groups - encoder.position + least;   // its size, so far
+            if (lane == 0) work.ends[number] = end - encoder.position + 2 * s.lanes;   // its size, so far
         }
         __syncthreads();
         bool entropy = !raw && !shared.too_large;   // the same for all threads
