@@ -13,6 +13,8 @@ from cuszp_cupy.bound import Bound
 from cuszp_cupy.codec import Compressed, EncodedPages, compress, decode_pages, encode_pages
 from cuszp_cupy.format import FormatError, Geometry
 from cuszp_cupy.pipeline import HostRows, SwapPipeline
+from cuszp_cupy.reference import calibrate
+from cuszp_cupy.tables import Tables
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "Geometry",
     "HostRows",
     "SwapPipeline",
+    "Tables",
+    "calibrate",
     "compress",
     "decode_pages",
     "encode_pages",

@@ -37,7 +37,7 @@ from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_poi
 TRANSPORTS = ("auto", "staged", "fused", "raw")
 BUFFERS = 4  # tiles of each direction in the ring
 TILE_BYTES = 32 << 20  # raw bytes of a tile at most
-SCRATCH_BYTES = 64 << 20, 32 << 20, 16 << 20, 16 << 20  # of coding ``entropy``, for the lanes
+SCRATCH_BYTES = 96 << 20, 32 << 20, 32 << 20, 32 << 20  # of coding ``entropy``, for the lanes
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCK_PAGES = 1 << 15  # pages of a call that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
@@ -58,7 +58,7 @@ class SwapPipeline:
         arena_bytes: pinned bytes of the arena; by default enough for pages that do not shrink. A store takes
             the raw size of its pages until it has finished.
         ring_bytes: device memory at most, half each way; less where the slots need less. Coding ``entropy`` takes
-            up to 128 MiB more, to work in.
+            up to 192 MiB more, to work in.
         fused_blocks: thread blocks of the fused kernels; by default as many as have 8192 threads (16 for pages
             of 64 KiB).    burst_blocks: of the staged ones (None: a page each).
         quantile: staged stores copy as much of each region (tile or row) as this part of them took of late; a
