@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from .format import (
     CLASS_FREQUENCIES,
     CLASS_LIMIT,
+    MAX_PAGE_VALUES,
     NUM_CLASS_SYMBOLS,
     NUM_SYMBOLS,
     NUM_TABLES,
     SYMBOL_FREQUENCIES,
     TABLE_TOTAL,
+    TILE_TOKENS,
     FormatError,
     Geometry,
 )
 
 #: symbols that can occur in classes 1..8: values below 2^e, after the low bits of class 8 and above are cut off
 POSSIBLE = np.arange(NUM_SYMBOLS) < np.array([[min(2**e, 12 + e)] for e in (1, 2, 3, 4, 5, 6, 7, 7)])
+#: of a file, or an array in one: the hints of the widest page, a byte for each channel, and what else there is
+MOST_FILE_BYTES = MAX_PAGE_VALUES // TILE_TOKENS + 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +108,38 @@ class Tables:
         """Return the tables that ``save`` wrote to ``path``.
 
         Raises:
-            FormatError: a file that holds no tables. Nothing in it is run (no pickle).
+            FormatError: a file that holds no tables. Nothing in it is run (no pickle), and nothing larger is
+            allocated than tables can be, whatever sizes it names.
         """
+        with open(path, "rb") as file:
+            content = file.read(MOST_FILE_BYTES + 1)
         try:
-            with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise FormatError(f"{path}: no tables can be read from it ({error})") from None
+            if len(content) > MOST_FILE_BYTES:
+                raise ValueError(f"more than {MOST_FILE_BYTES} bytes")
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                members = archive.infolist()[:4]  # one more than there may be
+                arrays = {each.filename.removesuffix(".npy"): _read_array(archive, each) for each in members}
+        except Exception as error:  # of what zipfile and NumPy raise for hostile files, few are ValueErrors
+            why = f"{type(error).__name__} {error}"
+            raise FormatError(f"{path}: no tables can be read from it ({why})") from None
         if not {"classes", "symbols"} <= set(arrays) <= {"classes", "symbols", "hints"}:
             raise FormatError(f"{path}: expected the arrays classes, symbols (and hints), got {sorted(arrays)}")
         return cls(**arrays)
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Return an array of a file; raise where its sizes are not those of the bytes that are there."""
+    name, size, method = member.filename, member.file_size, member.compress_type
+    if size > MOST_FILE_BYTES or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others know no limit
+        raise ValueError(f"{name}: {size} bytes by compression method {method}")
+    content = archive.read(member)
+    file = io.BytesIO(content)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    body = content[file.tell() :]
+    if math.prod(shape) * dtype.itemsize != len(body):
+        raise ValueError(f"{name}: {dtype} {shape} in {len(body)} bytes")
+    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _check(name, array, dtype, shape) -> None:

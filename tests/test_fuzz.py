@@ -1,0 +1,224 @@
+"""What is mutated, damaged or hostile is refused by FormatError, or gives a right result; kernels included.
+
+``CUSZP_FUZZ_CASES``: mutated cases for the reference and for the kernels, instead of the few of an ordinary run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import fuzz
+import numpy as np
+import pytest
+
+from cuszp_cupy.evaluation import data
+from cuszp_cupy.format import (
+    HEADER_BYTES,
+    MAX_PAGE_VALUES,
+    FormatError,
+    Geometry,
+    PageHeader,
+    rate_bytes,
+    unpack_word1,
+)
+from cuszp_cupy.reference import decode_page, decompress
+from cuszp_cupy.tables import BUILT_IN, MOST_FILE_BYTES, Tables
+
+GOLDEN_ERRORS = Path(__file__).parent / "golden-errors"
+CASES = int(os.environ.get("CUSZP_FUZZ_CASES", 0))
+
+
+# --- mutated ----------------------------------------------------------------------------------------------
+def test_mutated_cases_are_refused_or_decode():
+    """Some thousands; a million: python -m tests.fuzz --count 1000000."""
+    result = fuzz.run(seed=1, first=0, count=CASES or 6000)
+    assert not result["failures"], result["failures"][0][1]
+    verdicts = result["verdicts"]
+    for kind in ("kv", "cuszp", "tables"):
+        assert verdicts[kind, "decoded"] and verdicts[kind, "refused"], (
+            "one of them would mean that nothing is tried"
+        )
+    assert 0.01 < result["memory"] <= 1
+
+
+def test_the_sources_have_every_coding():
+    kv, cuszp, files = fuzz.sources()
+    headers = [PageHeader.parse(case.data) for case in kv]
+    kinds = {(h.coding, h.dtype, h.geometry.flat, h.geometry.parts is None, bool(h.tables)) for h in headers}
+    for coding in ("raw", "fixed", "entropy"):
+        for dtype in data.DTYPES:
+            assert {kind[2:4] for kind in kinds if kind[:2] == (coding, dtype)} == {
+                (flat, alone) for flat in (False, True) for alone in (False, True)
+            }
+    assert {h.tables for h in headers if h.coding == "entropy"} > {0}
+    assert len(cuszp) == 18 and len(files) == 3
+    assert all(fuzz.check(case) == "decoded" for case in kv + cuszp + files)
+
+
+def spin():
+    end = time.process_time() + 3
+    while time.process_time() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        (lambda blob, **_: {}[1], KeyError),
+        (lambda blob, **_: decode_page(blob, **_)[:1], AssertionError),
+        (lambda blob, **_: decode_page(blob, **_).astype(np.float32), AssertionError),
+        (lambda blob, **_: decode_page(blob, **_) if bytearray(1 << 28) else None, AssertionError),
+        (lambda blob, **_: spin(), TimeoutError),
+    ],
+    ids=["another error", "another shape", "another dtype", "too much memory", "a hang"],
+)
+def test_the_fuzzer_finds(broken, error, monkeypatch):
+    monkeypatch.setattr(fuzz, "decode_page", broken)
+    monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.1)
+    with pytest.raises(error):
+        fuzz.check_within_limits(fuzz.sources()[0][0], measure=True)
+
+
+def test_the_fuzzer_finds_damage_that_is_not_seen(monkeypatch):
+    case = fuzz.sources()[0][0]
+    blob = bytearray(case.data)
+    blob[40] ^= 1
+    damaged = replace(case, data=bytes(blob), sealed=False)
+    assert fuzz.check(damaged) == "refused"
+    monkeypatch.setattr(fuzz, "decode_page", lambda blob, **_: decode_page(case.data))
+    with pytest.raises(AssertionError, match="damage was not seen"):
+        fuzz.check(damaged)
+
+
+def test_cases_are_the_same_every_time():
+    assert [fuzz.mutated(3, i).data for i in range(50)] == [fuzz.mutated(3, i).data for i in range(50)]
+    assert len({fuzz.mutated(3, i).data for i in range(50)}) > 40
+
+
+# --- found before -----------------------------------------------------------------------------------------
+def golden_errors() -> list[tuple[str, str]]:
+    lines = (GOLDEN_ERRORS / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.fullmatch(r"\| `(\S+)` \| .* \| `(.+)` \|", line) for line in lines if line.startswith("| `")]
+    return [row.groups() for row in rows]
+
+
+def test_every_golden_error_has_a_line():
+    assert {name for name, _ in golden_errors()} == {path.name for path in GOLDEN_ERRORS.iterdir()} - {
+        "README.md"
+    }
+
+
+@pytest.mark.parametrize(("name", "message"), golden_errors())
+def test_golden_errors(name, message):
+    assert name.startswith("tables-"), "say here how another kind is decoded"
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=re.escape(message)):
+            Tables.load(GOLDEN_ERRORS / name)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_files_of_tables_have_a_largest_size(tmp_path):
+    """The hints of the widest page fit; a file of more bytes is not even read to its end."""
+    widest = MAX_PAGE_VALUES // 16 // 2
+    hints = np.zeros((widest, 2), np.int8)
+    hints[:, 0] = np.arange(widest) % 39 - 19
+    np.savez(tmp_path / "wide.npz", classes=BUILT_IN.classes, symbols=BUILT_IN.symbols, hints=hints)
+    np.testing.assert_array_equal(Tables.load(tmp_path / "wide.npz").hints, hints)
+    (tmp_path / "long.npz").write_bytes((tmp_path / "wide.npz").read_bytes() + bytes(8192))
+    with pytest.raises(FormatError, match=f"more than {MOST_FILE_BYTES} bytes"):
+        Tables.load(tmp_path / "long.npz")
+
+
+def test_a_header_cannot_claim_more_than_its_payload_can_hold():
+    """A header alone, for the largest page of each coding: refused before anything of that size is allocated."""
+    for coding in (0, 1, 2):
+        for tokens, channels in ((16, MAX_PAGE_VALUES // 16), (1, MAX_PAGE_VALUES), (MAX_PAGE_VALUES, 1)):
+            for payload in (0, 4, 2**31, 2**32 - 4):
+                word1 = 512 | 512 << 10 | coding << 20
+                header = struct.pack(
+                    "<2sBBIIIHHHHII", b"kv", 1, 0, word1, tokens, channels, 0, 0, 1, 0, payload, 0
+                )
+                tracemalloc.start()
+                try:
+                    with pytest.raises(FormatError, match="payload bytes|payload"):
+                        decode_page(header)
+                    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+                finally:
+                    tracemalloc.stop()
+
+
+def test_a_stream_cannot_claim_more_than_its_rate_bytes():
+    tracemalloc.start()
+    try:
+        for n in (32769, 2**31 - 1):
+            with pytest.raises(
+                FormatError, match=f"the rate area of {n} values has {rate_bytes(n)} bytes, got 1024"
+            ):
+                decompress(bytes(1024), n, "float64", 0.1)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+# --- every single bit -------------------------------------------------------------------------------------
+def small_blobs() -> dict[str, tuple[bytes, Tables]]:
+    """The smallest blob of each coding, dtype and sort of groups, with calibrated tables and without."""
+    found = {}
+    for case in sorted(fuzz.sources()[0], key=lambda case: len(case.data)):
+        h = PageHeader.parse(case.data)
+        groups = "flat" if h.geometry.flat else "tokens"
+        name = f"{h.coding}-{h.dtype}-{groups}-{len(h.geometry.part_values)}" + (
+            "-calibrated" if h.tables else ""
+        )
+        if any(case.data[HEADER_BYTES:]) and name not in found:
+            found[name] = case.data, case.tables
+    return found
+
+
+@pytest.mark.parametrize("name", small_blobs())
+def test_every_flipped_bit_of_a_stored_page_is_found(name):
+    """Of the 32 bytes of metadata and of the payload, whatever the coding."""
+    blob, tables = small_blobs()[name]
+    decode_page(blob, tables=tables)
+    for bit in range(8 * len(blob)):
+        damaged = bytearray(blob)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FormatError):
+            decode_page(damaged, tables=tables)
+
+
+def row_of(blob: bytes) -> list[int]:
+    """The table row of a page: words 1, 6 and 7 of its header, and the place of its payload."""
+    return [*struct.unpack_from("<I", blob, 4), *struct.unpack_from("<II", blob, 24), 0]
+
+
+def blob_of(row, memory: bytes, dtype: str, geometry: Geometry) -> bytes:
+    """The blob that a row makes of the memory of a slot; raise FormatError where the row cannot be one."""
+    word1, size, check, place = (int(word) for word in row)
+    coding, steps = unpack_word1(word1, geometry)
+    header = PageHeader(dtype, geometry, coding, steps, size, check, word1 >> 24)
+    return header.pack() + bytes(memory[16 * place : 16 * place + size])
+
+
+@pytest.mark.parametrize("name", small_blobs())
+def test_every_flipped_bit_of_a_table_row_is_found(name):
+    """Also of the place: what lies elsewhere in the memory is not this page's payload."""
+    blob, tables = small_blobs()[name]
+    header = PageHeader.parse(blob)
+    others = np.random.default_rng(0).bytes(4096)
+    memory, row = blob[HEADER_BYTES:] + others, row_of(blob)
+    assert blob_of(row, memory, header.dtype, header.geometry) == blob
+    for bit in range(128):
+        damaged = row.copy()
+        damaged[bit // 32] ^= 1 << bit % 32
+        with pytest.raises(FormatError):
+            decode_page(blob_of(damaged, memory, header.dtype, header.geometry), tables=tables)
