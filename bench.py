@@ -5,6 +5,7 @@ nvCOMP; then the link to the host. Without one: ratio and error of the same page
 
 ``python bench.py swap`` measures ``SwapPipeline`` instead, and what it costs the work beside it; needs a GPU.
 ``python bench.py accuracy MODEL TEXT`` measures what a compressed cache costs a language model; needs torch.
+``python bench.py serve MODEL`` serves it with vLLM, KV offloaded raw and compressed; needs vLLM and a GPU.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
 
 from cuszp_cupy.bound import parse_parts
-from cuszp_cupy.evaluation import accuracy, codec, machine, report, soak, speed, swap
+from cuszp_cupy.evaluation import accuracy, codec, machine, report, serve, soak, speed, swap
+from cuszp_cupy.pipeline import TRANSPORTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,6 +104,72 @@ def accuracy_parser() -> argparse.ArgumentParser:
     return result
 
 
+def serve_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``bench.py serve``."""
+    result = argparse.ArgumentParser(
+        prog="bench.py serve",
+        description="vLLM, offline: requests whose KV comes back from CPU memory, raw and compressed in turn.",
+    )
+    add = result.add_argument
+    add("model", type=_model, nargs="?", help="a causal LM, the folder that save_pretrained writes")
+    add("--shape", choices=serve.SHAPES, help="instead of a model: its shape, with dummy weights")
+    add("--layers", metavar="N", type=_count, help="of the shape (default: all)")
+    add("--fill", action="store_true", help="scale the shape's K and V by channel as real KV is")
+    add("--bound", metavar="B", type=_bounds, action="append",
+        help="rms:0.05 (default), or rms:0.05/rms:0.1 for K and V; can be repeated")  # fmt: skip
+    add("--coding", choices=codec.KV_CODINGS, default="fixed", help="(default: %(default)s)")
+    add("--transport", choices=TRANSPORTS, help="of vllm_patch (default: its own)")
+    add("--prompt-tokens", metavar="LOW[,HIGH]", type=_range, action="append",
+        help="can be repeated (default: 8000 for a shape, else 512,4096)")  # fmt: skip
+    add("--prompts", metavar="N", type=_count, help="a set (default: 16 for a shape, else 100)")
+    add("--sets", metavar="N", type=_count, default=2, help="of prompts, that evict each other (default: 2)")
+    add("--prompt-file", metavar="FILE", type=_text, help="prompts as a JSON list of lists of token ids")
+    add("--new-tokens", metavar="N", type=_count, help="a request (default: 1 for a shape, else 16)")
+    add("--in-flight", metavar="N,N", type=_counts, default=(1, 4, 16),
+        help="requests submitted at once, a pass for each (default: 1,4,16)")  # fmt: skip
+    add("--repeats", metavar="N", type=_count, help="of each pass (default: 3, quick: 1)")
+    add(
+        "--gpu-tokens", metavar="N", type=_count, help="size of the GPU's KV cache (default: a set and an eighth)"
+    )
+    add("--cpu-gb", metavar="G", type=_positive, help="of the CPU's, in GiB (default: what all prompts need)")
+    add("--beside", metavar="SECONDS", type=_positive, default=0.0, help="decode alone, then beside restores")
+    add("--beside-rate", metavar="R", type=_positive, help="restores a second (default: two at any time)")
+    add("--verify", metavar="SHARE", type=_share, nargs="?", const=0.01,
+        help="check each loaded page; SHARE of them against the reference too (default: 0.01). Slow")  # fmt: skip
+    add("--processes", choices=("one", "fork", "spawn"),
+        help="all in one, which times transfers (default), or as vLLM starts its own")  # fmt: skip
+    add("--tensor-parallel", metavar="N", type=_count, default=1, help="GPUs (default: 1)")
+    add("--quick", action="store_true", help="one repeat, and a quarter of the prompts")
+    add("--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions")
+    add("--plot", metavar="FILE", type=_output, help="draw requests/s and time to first token (needs matplotlib)")
+    return result
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(number) for number in text.split(","))
+
+
+def _range(text: str) -> tuple[int, int]:
+    numbers = _counts(text)
+    if len(numbers) > 2 or numbers[0] > numbers[-1]:
+        raise argparse.ArgumentTypeError(f"expected a number or two as LOW,HIGH, got {text}")
+    return numbers[0], numbers[-1]
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0, at most 1, got {text}")
+    return value
+
+
 def _model(text: str) -> Path:
     if not (Path(text) / "config.json").is_file():
         raise argparse.ArgumentTypeError(f"{text}: expected a model's folder, there is no config.json in it")
@@ -152,6 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
         return swap_main(arguments[1:])
     if arguments[:1] == ["accuracy"]:
         return accuracy_main(arguments[1:])
+    if arguments[:1] == ["serve"]:
+        return serve_main(arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -281,6 +352,72 @@ def accuracy_main(arguments: list[str]) -> int:
     for note in [*report.equal_kl_lines(result["equal_kl"]), *notes]:
         console.print(note, highlight=False, markup=False)
     return 0
+
+
+def serve_main(arguments: list[str]) -> int:
+    """Run ``bench.py serve``; return the exit status: 1 if something is missing or the numbers have a problem."""
+    command_line = serve_parser()
+    options = command_line.parse_args(arguments)
+    if (options.model is None) == (options.shape is None):
+        command_line.error("expected a model's folder or --shape, one of them")
+    if options.model and (options.layers or options.fill):
+        command_line.error("--layers and --fill are for a --shape")
+    if options.prompt_file and options.prompt_tokens:
+        command_line.error("--prompt-tokens does not go with --prompt-file, whose prompts have a length")
+    if options.processes == "one" and options.tensor_parallel > 1:
+        command_line.error("--tensor-parallel takes more processes than one: fork or spawn")
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if missing := serve.missing():
+        print(f"bench.py serve: {missing}", file=sys.stderr)
+        return 1
+    if options.plot:
+        report.pyplot()  # raises now, not after minutes of work
+    bounds = list(dict.fromkeys(options.bound or ["rms:0.05"]))
+    described = machine.describe()
+    with tempfile.TemporaryDirectory() as folder, progress() as step:
+        try:
+            case = serve.sized(serve_case(options, Path(folder)))
+        except ValueError as error:
+            command_line.error(str(error))
+        result = {"machine": described} | serve.serve(case, bounds, step)
+    result["parameters"] = {"quick": options.quick, "bounds": bounds, "coding": options.coding}
+    if options.json:
+        report.write_json(result, options.json)
+    case, version = result["case"], result["variants"]["raw"]["vllm"]
+    title = f"vLLM {version}, {case['model']}, {options.coding}, {case['new_tokens']} new tokens"
+    if options.plot:
+        report.plot_serve(result, title, options.plot)
+    for table in report.serve_tables(result, f"{machine.title(described)}\n{title}"):
+        console.print(table)
+    for line in report.serve_lines(result):
+        console.print(line, highlight=False, markup=False)
+    return int(bool(result["problems"]))
+
+
+def serve_case(options: argparse.Namespace, folder: Path) -> serve.Case:
+    """Return what ``options`` ask for; the folder of a shape is written into ``folder``."""
+    shape = options.shape is not None
+    if shape:
+        config = serve.SHAPES[options.shape]
+        layers = options.layers or config["num_hidden_layers"]
+        name = f"{options.shape}-{layers}-layers" if options.layers else options.shape
+        model = serve.write_shape(folder / name, config | {"num_hidden_layers": layers})
+    else:
+        model = str(options.model)
+    prompts = options.prompts or (16 if shape else 100)
+    settings = {"coding": options.coding, "transport": options.transport, "verify": options.verify}
+    return serve.Case(
+        model=model, dummy=shape, fill=options.fill,
+        prompt_tokens=tuple(options.prompt_tokens or [(8000, 8000) if shape else (512, 4096)]),
+        prompts=max(1, prompts // 4) if options.quick else prompts, sets=options.sets,
+        prompt_file=str(options.prompt_file) if options.prompt_file else None,
+        new_tokens=options.new_tokens or (1 if shape else 16), in_flight=options.in_flight,
+        repeats=options.repeats or (1 if options.quick else 3), gpu_tokens=options.gpu_tokens,
+        cpu_gb=options.cpu_gb, beside=options.beside, beside_rate=options.beside_rate, logprobs=not shape,
+        tensor_parallel=options.tensor_parallel,
+        processes=options.processes or ("one" if options.tensor_parallel == 1 else "spawn"),
+        settings={name: value for name, value in settings.items() if value is not None},
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What of ``evaluation.serve`` needs neither vLLM nor a GPU."""
+"""What of ``bench.py serve`` needs neither vLLM nor a GPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import types
 
+import ml_dtypes
+import numpy as np
 import pytest
+from rich.console import Console
 
-from cuszp_cupy.evaluation import serve
+import bench
+from cuszp_cupy import reference
+from cuszp_cupy.evaluation import data, machine, report, serve
+from cuszp_cupy.format import Geometry
 
 
 def output(tokens, latency=0.01, cached=8, first=None):
@@ -22,20 +29,83 @@ def output(tokens, latency=0.01, cached=8, first=None):
     )  # fmt: skip
 
 
+# --- prompts and sizes ------------------------------------------------------------------------------------
 def test_prompts_are_the_same_every_time_and_of_the_lengths_asked_for(tmp_path):
-    case = serve.Case(serve.write_shape(tmp_path / "model"), prompt_tokens=(5, 9), prompts=40, sets=2)
-    sets = serve.prompts(case)
-    assert sets == serve.prompts(case) and [len(some) for some in sets] == [40, 40]
-    assert {len(prompt) for some in sets for prompt in some} == set(range(5, 10))
-    assert max(max(prompt) for some in sets for prompt in some) < serve.LLAMA_8B["vocab_size"]
-    (tmp_path / "prompts.json").write_text(json.dumps([[1, 2], [3]]))
+    model = serve.write_shape(tmp_path / "model")
+    case = serve.Case(model, prompt_tokens=((5, 9), (20, 20)), prompts=40, sets=2)
+    groups = serve.prompts(case)
+    assert groups == serve.prompts(case) and list(groups) == ["5-9", "20"]
+    assert [len(some) for some in groups["20"]] == [40, 40]
+    assert [len(some) for some in groups["5-9"]] == [114, 114]  # 40 x 20 tokens are 114 x 7
+    assert {len(prompt) for some in groups["5-9"] for prompt in some} == set(range(5, 10))
+    assert max(max(p) for some in groups["20"] for p in some) < serve.LLAMA_8B["vocab_size"]
+
+
+def test_prompts_come_from_a_file(tmp_path):
+    (tmp_path / "prompts.json").write_text(json.dumps([[1, 2], [3], [4, 5, 6]]))
     case = serve.Case("", prompts=1, sets=2, prompt_file=str(tmp_path / "prompts.json"))
-    assert serve.prompts(case) == [[[1, 2]], [[3]]]
+    assert serve.prompts(case) == {"1-2": [[[1, 2]], [[3]]]}
     case.prompts = 2
-    with pytest.raises(ValueError, match="expected 4 prompts, got 2"):
+    with pytest.raises(ValueError, match="expected 4 prompts, got 3"):
         serve.prompts(case)
 
 
+def test_caches_are_sized_by_the_prompts(tmp_path):
+    model = serve.write_shape(tmp_path / "model")
+    case = serve.sized(serve.Case(model))
+    assert case.gpu_tokens == 144_032  # 9/8 of 16 x 8001, in blocks of 16
+    assert 1.1 * 32 * 8001 * 131072 / 2**30 <= case.cpu_gb <= 36
+    assert serve.sized(case) == case and case.in_flight == (1, 4, 16)
+    assert serve.sized(serve.Case(model, prompts=4)).in_flight == (1, 4)  # 16 are never in flight at once
+    with pytest.raises(
+        ValueError, match="holds 300000 tokens, and all sets of a range only 256032: nothing would"
+    ):
+        serve.sized(serve.Case(model, gpu_tokens=300_000))
+    with pytest.raises(ValueError, match="cache of 4000 tokens: the longest prompt has 8000"):
+        serve.sized(serve.Case(model, gpu_tokens=4000))
+    serve.write_shape(tmp_path / "model", {"vocab_size": 100})
+    with pytest.raises(ValueError, match="config.json has no 'num_attention_heads'"):
+        serve.sized(serve.Case(model))
+    assert serve.sized(serve.Case(model, cpu_gb=5)).cpu_gb == 5
+
+
+def test_kv_bytes_follow_the_config():
+    assert serve.kv_bytes(serve.LLAMA_1B) == 32768
+    small = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "num_hidden_layers": 30}
+    assert serve.kv_bytes({"text_config": small}) == 23040
+
+
+# --- dummy weights that compress as real KV ------------------------------------------------------------------
+def test_scaled_gaussian_pages_compress_about_as_real_ones():
+    geometry, rng = Geometry(16, 2048, parts=(128, 128)), np.random.default_rng(0)
+
+    def ratio(pages):
+        sizes = [len(reference.encode_page(page, "rms:0.05", geometry=geometry)) for page in pages]
+        return sum(page.nbytes for page in pages) / sum(sizes)
+
+    gaussian, scaled = [], []
+    for layer in range(8):  # two rounds of the sample's layers, an octave of levels
+        x = rng.standard_normal((16, 8, 2, 128))
+        factors = serve.kv_scales(layer, 8, 8, 128).transpose(1, 0, 2)
+        gaussian.append(x.reshape(16, 2048).astype(ml_dtypes.bfloat16))
+        scaled.append((x * factors).reshape(16, 2048).astype(ml_dtypes.bfloat16))
+    real = ratio(data.packed_pages(8, 128))
+    assert ratio(gaussian) < 2.6 <= ratio(scaled) == pytest.approx(real, rel=0.03)
+
+
+def test_fill_scales_rows_of_k_and_v_alone():
+    torch = pytest.importorskip("torch")
+    weight = torch.ones(4 * 8 + 2 * 16, 5, dtype=torch.bfloat16)  # 4 heads of queries, 2 of K and of V
+    layer = types.SimpleNamespace(qkv_proj=types.SimpleNamespace(weight=weight), kv_size=16, head_dim=8)
+    serve.fill_kv(types.SimpleNamespace(modules=lambda: [object(), layer]))
+    assert (weight[:32] == 1).all()
+    expected = torch.tensor(serve.kv_scales(0, 1, 2, 8).reshape(-1, 1)).to(torch.bfloat16).expand(32, 5)
+    assert torch.equal(weight[32:], expected) and not torch.equal(weight[32:48], weight[48:])
+    with pytest.raises(ValueError, match="no qkv_proj"):
+        serve.fill_kv(types.SimpleNamespace(modules=lambda: [object()]))
+
+
+# --- one variant ----------------------------------------------------------------------------------------------
 def test_a_round_times_batches_of_the_asked_size():
     calls = []
 
@@ -49,47 +119,101 @@ def test_a_round_times_batches_of_the_asked_size():
     assert one["cached_share"] == [0.8] * 5 and one["seconds"] > 0
 
 
+class Engine:
+    """Decodes a token a step for each request, and finishes a restored one in its second step."""
+
+    def __init__(self, clock):
+        self.model_config, self.clock = types.SimpleNamespace(max_model_len=1000), clock
+        self.steps, self.most, self.aborted = {}, 0, []
+
+    def add_request(self, name, prompt, params):
+        self.steps[name] = 0
+
+    def step(self):
+        self.clock.now += 0.01
+        self.most = max(self.most, sum(name.startswith("restore") for name in self.steps))
+        outputs = []
+        for name in list(self.steps):
+            self.steps[name] += 1
+            done = name.startswith("restore") and self.steps[name] == 2
+            made = [types.SimpleNamespace(token_ids=[0] * self.steps[name])]
+            outputs.append(types.SimpleNamespace(request_id=name, finished=done, outputs=made))
+            if done:
+                del self.steps[name]
+        return outputs
+
+    def abort_request(self, names):
+        self.aborted = names
+        for name in names:
+            del self.steps[name]
+
+    def has_unfinished_requests(self):
+        return bool(self.steps)
+
+
+@pytest.mark.parametrize(("rate", "expected", "most"), [(None, 100, 2), (5, 5, 1)])
+def test_decoding_is_timed_alone_and_beside_restores(monkeypatch, rate, expected, most):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(serve.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=lambda **options: options))
+    engine = Engine(clock)
+    case = serve.Case("", beside=1.0, beside_rate=rate)
+    found = serve._beside(types.SimpleNamespace(llm_engine=engine), [[[1] * 100] * 8], case)
+    assert found["decoded_tokens_per_s_alone"] == pytest.approx(400)  # 4 requests, 100 steps a second
+    assert found["decoded_tokens_per_s"] == pytest.approx(400)
+    assert found["restored_requests_per_s"] == pytest.approx(expected, abs=2)
+    assert engine.most == most and len(engine.aborted) == serve.DECODERS and not engine.steps
+
+
 def test_summary_counts_requests_a_second_and_percentiles():
+    one = {"prompt_tokens": "8", "what": "restored", "in_flight": 4, "requests": 4}
     rounds = [
-        {"what": "restored", "in_flight": 4, "requests": 4, "seconds": 2.0, "first_token_ms": [1, 2, 3, 4],
-         "cached_share": [1, 1, 1, 0]},
-        {"what": "restored", "in_flight": 4, "requests": 4, "seconds": 2.0, "first_token_ms": [5, 6, 7, 8],
-         "cached_share": [1] * 4},
-    ]  # fmt: skip
-    (row,) = serve.summary({"rounds": rounds})
-    assert row["requests_per_s"] == 2 and row["first_token_ms_p50"] == 4.5 and row["restored_share"] == 0.875
+        one | {"seconds": 2.0, "first_token_ms": [1, 2, 3, 4], "cached_share": [1, 1, 1, 0]},
+        one | {"seconds": 1.0, "first_token_ms": [5, 6, 7, 8], "cached_share": [1] * 4},
+        one | {"prompt_tokens": "9", "seconds": 1.0, "first_token_ms": [5], "cached_share": [1]},
+    ]
+    row, other = serve.summary({"rounds": rounds})
+    assert row["requests_per_s"] == pytest.approx(8 / 3) and row["first_token_ms_p50"] == 4.5
+    assert row["spread_percent"] == 16.7 and row["cached_share"] == 0.875  # rates 2 and 4: quartiles 2.5 and 3.5
+    assert other["spread_percent"] is None and other["prompt_tokens"] == "9"
 
 
 def test_compare_finds_where_tokens_and_distributions_part():
     raw = {"restored": {"0/0": serve._record(output([1, 2, 3, 4], first={1: 0.5, 2: 0.5}))}}
     same = serve.compare(raw, raw)
-    assert same == {"requests": 1, "same_tokens": 1.0, "same_first": 1.0, "first_kl": 0.0}
+    assert same == {"requests": 1, "same_all": 1.0, "same_tokens": 1.0, "same_first": 1.0, "first_kl": 0.0}
     other = {"restored": {"0/0": serve._record(output([1, 2, 9, 4], first={1: 0.25, 2: 0.75}))}}
     found = serve.compare(raw, other)
-    assert (found["same_tokens"], found["same_first"]) == (0.5, 1.0)
+    assert (found["same_all"], found["same_tokens"], found["same_first"]) == (0, 0.5, 1.0)
     assert found["first_kl"] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
 
 
 def test_speeds_are_of_each_direction_and_of_large_transfers():
-    found = serve.speeds([("load", 200_000_000, 0.004), ("load", 1000, 0.001), ("store", 10, 0.0)])
-    assert found["load"]["gbps"] == pytest.approx(200_001_000 / 5e6)
-    assert found["load"]["large_gbps"] == pytest.approx(50) and found["load"]["large_calls"] == 1
+    found = serve.speeds([
+        ("load", 200_000_000, 0.004), ("load", 100_000_000, 0.0025), ("load", 1000, 0.001), ("store", 10, 0.0)
+    ])  # fmt: skip
+    assert found["load"]["gbps"] == pytest.approx(300_001_000 / 7.5e6)
+    assert found["load"]["large_gbps"] == pytest.approx(45) and found["load"]["large_calls"] == 2
+    assert found["load"]["large_bytes"] == 200_000_000
     assert found["store"]["gbps"] is None and found["store"]["large_gbps"] is None
 
 
 def test_variants_differ_in_their_connector_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CUSZP_BOUND", "rms:9")
-    case = serve.Case("model", engine={"seed": 3})
-    recompute, raw = (serve.llm_arguments(case, variant) for variant in ("recompute", "raw"))
-    assert serve.llm_arguments(case, "rms:0.05") == raw and raw["seed"] == 3
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    case = serve.Case("model", engine={"seed": 3}, gpu_tokens=160, cpu_gb=36)
+    recompute, raw = (serve.llm_arguments(case, variant, 100) for variant in ("recompute", "raw"))
+    assert serve.llm_arguments(case, "rms:0.05", 100) == raw and raw["seed"] == 3
     assert raw.pop("kv_transfer_config")["kv_connector_extra_config"] == {"cpu_bytes_to_use": 36 << 30}
-    assert raw == recompute
+    assert raw == recompute and raw["num_gpu_blocks_override"] == 10 and raw["max_model_len"] == 117
     for processes, expected in (("one", ("0", None)), ("spawn", ("1", "spawn"))):
         case.processes = processes
         found = serve.environment(case)
         names = "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"
         assert tuple(found.get(name, os.environ.get(name)) for name in names) == expected
         assert "CUSZP_BOUND" not in found
+        root, rest = found["PYTHONPATH"].split(os.pathsep)
+        assert os.path.samefile(root, os.path.dirname(bench.__file__)) and rest == "elsewhere"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
@@ -97,3 +221,213 @@ def test_a_failed_variant_says_what_it_printed(tmp_path):
     case = serve.Case(str(tmp_path / "nowhere"))
     with pytest.raises(RuntimeError, match=r"serve raw failed \(1\):[\s\S]*No module named 'vllm'"):
         serve._run(case, "raw", 60)
+
+
+# --- all variants, canned -------------------------------------------------------------------------------------
+SPEED = {"recompute": 1.0, "raw": 4.0, "rms:0.05": 8.0, "rms:0.05/rms:0.1": 9.0}  # times those of recompute
+
+
+def direction(pages):
+    names = "calls", "pages", "raw_bytes", "payload_bytes", "link_bytes", "elapsed_ms", "ratio", "gbps"
+    return dict(
+        zip(names, (1, pages, pages * 65536, pages * 24576, pages * 26000, 9.0, 2.65, 130.0), strict=True)
+    )
+
+
+def canned(case, variant, timeout=None):
+    """What the process of ``variant`` would write."""
+    groups, speed, rounds, restored = serve.prompts(case), SPEED[variant], [], {}
+    for label, group in groups.items():
+        for number, some in enumerate(group):
+            for in_flight in (*case.in_flight, None):
+                n = in_flight or len(some)
+                rounds.append({
+                    "prompt_tokens": label, "what": "restored" if in_flight else "first", "in_flight": n,
+                    "requests": len(some), "seconds": len(some) / speed / n**0.5, "set": number,
+                    "first_token_ms": [100 / speed * n**0.5 * (1 + i / 20) for i in range(len(some))],
+                    "cached_share": [0.99 if in_flight else 0.0] * len(some),
+                })  # fmt: skip
+            for i in range(len(some)):
+                tokens = [1, 2, 3 if variant in ("recompute", "raw") else 4]
+                restored[f"{label}/{number}/{i}"] = {
+                    "tokens": tokens,
+                    "first": {"1": -0.1, "2": -2.4 - speed / 100},
+                }
+    sizes = [] if variant == "recompute" else [10**9, 2 * 10**9, 10**6]
+    timed = [(way, size, size / (12e9 * speed)) for way in ("store", "load") for size in sizes]
+    verified = {"kept": 3000, "checked": 9000, "compared_with_reference": 90, "largest_error_over_bound": 0.998}
+    pipeline = {
+        "layers": "32 layers", "store": direction(3000), "load": direction(9000), "raw_pages": 2,
+        "failed_pages": 0, "mispredicted": 1, "verified": verified,
+    }  # fmt: skip
+    stats = {
+        "pid": 1, "vllm": "0.33.0", "settings": {"bound": variant, "stats_dir": "/tmp/somewhere"},
+        "pipelines": [pipeline],
+        "passed_through": {"no whole page": {"descriptors": 7, "bytes": 7_000_000}},
+    }  # fmt: skip
+    beside = {
+        "seconds": 5.0, "decoded_tokens_per_s_alone": 400.0, "decoded_tokens_per_s": 390.0 - speed,
+        "restored_requests_per_s": speed,
+    }  # fmt: skip
+    return {
+        "rounds": rounds, "restored": restored, "transfers": serve.speeds(timed), "vllm": "0.33.0",
+        "start_s": 40.0, "stats": [] if variant in ("recompute", "raw") else [stats],
+        "beside": beside if case.beside else None,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def present(monkeypatch):
+    monkeypatch.setattr(serve, "missing", lambda: None)
+    monkeypatch.setattr(serve, "_run", canned)
+
+
+ARGUMENTS = ["serve", "--shape", "llama-1b", "--prompts", "2", "--in-flight", "1,2"]
+
+
+def test_the_command_shows_what_the_comparison_is_for(present, capsys):
+    more = [
+        "--prompt-tokens",
+        "40",
+        "--prompt-tokens",
+        "10,30",
+        "--bound",
+        "rms:0.05",
+        "--bound",
+        "rms:0.05/rms:0.1",
+    ]
+    assert bench.main([*ARGUMENTS, *more, "--beside", "5", "--fill", "--coding", "entropy"]) == 0
+    shown = capsys.readouterr()
+    assert "vLLM, rms:0.05/rms:0.1" in shown.err and "vLLM 0.33.0, llama-1b, entropy, 1 new tokens" in shown.out
+    over = "rms:0.05, times raw: restored requests/s 2.00 (40 tokens, 1 in flight), 2.00 (40 tokens, 2 in flight)"
+    assert over in shown.out
+    assert "; loads 2.00; stores 2.00; decoded tokens/s 0.99" in shown.out
+    assert "passed through: 7 descriptors, 7.0 MB: no whole page" in shown.out
+    assert "not representative of a trained model; K and V are scaled by channel" in shown.out
+    assert "PROBLEM" not in shown.out and "verify" not in shown.out
+
+
+def test_tables_hold_the_numbers_of_the_result(tmp_path):
+    model = serve.write_shape(tmp_path / "model")
+    case = serve.sized(
+        serve.Case(model, dummy=True, prompts=2, prompt_tokens=((40, 40),), beside=5, in_flight=(2,))
+    )
+    result = serve.result_of(case, {name: canned(case, name) for name in SPEED})
+    console = Console(width=180, record=True, file=open(os.devnull, "w"))
+    with console.file:
+        for table in report.serve_tables(result, "the title"):
+            console.print(table)
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "40 restored rms:0.05 2 4 11.31 0.0 2.00 18.1 18.6 18.6 99%" in lines  # 8 x sqrt 2 requests/s
+    assert "load raw 3 3.0 48.0 1.00 2 2000 48.0 0.0 1.00" in lines
+    assert "load rms:0.05 3 3.0 96.0 2.00 2 2000 96.0 0.0 2.00" in lines
+    assert "rms:0.05 0 3000 9000 0.20 0.08 0.59 0.23 2.65 2 1 0 9000 90 0.9980" in lines
+    firsts = [canned(case, name)["restored"]["40/0/0"]["first"] for name in ("recompute", "raw", "rms:0.05")]
+    assert f"raw recompute 4 1.0000 1.0000 1.0000 {serve.kl(*firsts[:2]):.5f}" in lines
+    assert f"rms:0.05 raw 4 0.0000 0.6667 1.0000 {serve.kl(*firsts[1:]):.5f}" in lines
+    assert "rms:0.05 400.0 382.0 96% 0.99 8.0" in lines
+    assert any("K and V are Gaussian" in note for note in result["notes"])
+
+
+def test_json_holds_no_path_of_the_machine(present, tmp_path):
+    model = serve.write_shape(tmp_path / "small", serve.LLAMA_1B)
+    (tmp_path / "prompts.json").write_text(json.dumps([[n] * 20 for n in range(4)]))
+    out, plot = tmp_path / "serve.json", tmp_path / "serve.png"
+    files = ["--prompt-file", str(tmp_path / "prompts.json"), "--json", str(out), "--plot", str(plot)]
+    assert bench.main(["serve", model, "--prompts", "2", *files]) == 0
+    text = out.read_text()
+    result = json.loads(text)
+    assert result["case"]["model"] == "small" and result["case"]["prompt_file"] == "prompts.json"
+    assert str(tmp_path) not in text and "/tmp" not in text and os.getcwd() not in text
+    assert result["variants"]["raw"]["vllm"] == "0.33.0" and "vllm" in result["machine"]["versions"]
+    assert result["parameters"] == {"quick": False, "bounds": ["rms:0.05"], "coding": "fixed"}
+    assert {row["variant"] for row in result["rows"]} == {"recompute", "raw", "rms:0.05"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("stats", "problem"),
+    [
+        (lambda one: [], "0 of 1 workers say that they are patched; is cuszp_cupy installed?"),
+        (
+            lambda one: one["pipelines"].clear() or [one],
+            "no load was compressed; passed through: {'no whole page'",
+        ),
+        (lambda one: one["pipelines"][0].update(failed_pages=3) or [one], "3 pages came back damaged"),
+        (lambda one: one["pipelines"][0].pop("verified") and [one], "pages were not verified"),
+    ],
+)
+def test_numbers_of_something_else_are_a_problem(present, monkeypatch, capsys, stats, problem):
+    def run(case, variant, timeout):
+        result = canned(case, variant)
+        return result | {"stats": stats(result["stats"][0]) if result["stats"] else []}
+
+    monkeypatch.setattr(serve, "_run", run)
+    assert bench.main([*ARGUMENTS, "--prompt-tokens", "40", "--verify"]) == 1
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert f"PROBLEM: rms:0.05: {problem}" in shown and "Speeds with verify mean nothing" in shown
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+def case_of(tmp_path, *arguments):
+    return bench.serve_case(bench.serve_parser().parse_args(arguments), tmp_path)
+
+
+def test_defaults_are_of_the_shape_or_of_a_small_model(tmp_path):
+    shape = case_of(tmp_path, "--shape", "llama-8b")
+    assert shape.dummy and not shape.logprobs and shape.processes == "one"
+    assert (shape.prompt_tokens, shape.prompts, shape.new_tokens) == (((8000, 8000),), 16, 1)
+    assert (shape.in_flight, shape.repeats, shape.settings) == ((1, 4, 16), 3, {"coding": "fixed"})
+    quick = case_of(tmp_path, "--shape", "llama-8b", "--quick", "--layers", "4", "--verify", "--in-flight", "8")
+    assert (quick.prompts, quick.repeats, quick.in_flight) == (4, 1, (8,)) and quick.settings["verify"] == 0.01
+    assert os.path.basename(quick.model) == "llama-8b-4-layers"
+    model = serve.write_shape(tmp_path / "model", serve.LLAMA_1B)
+    real = case_of(tmp_path, model, "--tensor-parallel", "2", "--transport", "fused")
+    assert (
+        not real.dummy and real.logprobs and real.processes == "spawn" and real.settings["transport"] == "fused"
+    )
+    assert (real.prompt_tokens, real.prompts, real.new_tokens) == (((512, 4096),), 100, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a model's folder or --shape, one of them"),
+        (["here", "--shape", "llama-1b"], "a model's folder or --shape, one of them"),
+        (["here", "--layers", "2"], "--layers and --fill are for a --shape"),
+        (["here", "--fill"], "--layers and --fill are for a --shape"),
+        (["nowhere"], "there is no config.json in it"),
+        (["--shape", "llama-1b", "--bound", "rms:0.1/rms:0.1/rms:0.1"], "argument --bound"),
+        (["--shape", "llama-1b", "--bound", "rms:x"], "argument --bound"),
+        (["--shape", "llama-1b", "--prompt-tokens", "9,5"], "expected a number or two as LOW,HIGH, got 9,5"),
+        (["--shape", "llama-1b", "--in-flight", "4,0"], "expected at least 1, got 0"),
+        (["--shape", "llama-1b", "--verify", "2"], "expected a share above 0, at most 1, got 2"),
+        (["--shape", "llama-1b", "--prompt-file", "here/config.json", "--prompt-tokens", "5"], "does not go"),
+        (["--shape", "llama-1b", "--tensor-parallel", "2", "--processes", "one"], "takes more processes"),
+        (["--shape", "llama-1b", "--sets", "1"], "nothing would be restored"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(present, monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    serve.write_shape(tmp_path / "here", serve.LLAMA_1B)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["serve", *arguments])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_missing_is_named(monkeypatch, capsys):
+    installed = set()
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name in installed or None)
+    assert bench.main(["serve", "--shape", "llama-8b"]) == 1
+    assert "bench.py serve: torch is not installed: install vLLM" in capsys.readouterr().err
+    installed.add("torch")
+    assert serve.missing().startswith("vllm is not installed")
+    installed.add("vllm")
+    monkeypatch.setattr(machine, "gpu_missing", lambda: "no device")
+    assert serve.missing() == "vLLM runs on a GPU here: no device"
+    monkeypatch.setattr(machine, "gpu_missing", lambda: None)
+    monkeypatch.setitem(sys.modules, "vllm_patch", None)  # as an import that fails
+    assert "vllm_patch" in serve.missing()
+    calls = []
+    monkeypatch.setitem(sys.modules, "vllm_patch", types.SimpleNamespace(uninstall=lambda: calls.append(1)))
+    assert serve.missing() is None and calls == [1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 PACKAGES = (
     "cuszp_cupy", "numpy", "ml_dtypes", "nvidia-nvcomp-cu12", "nvidia-nvcomp-cu13", "torch", "transformers",
+    "vllm",
 )  # fmt: skip
 
 

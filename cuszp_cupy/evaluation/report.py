@@ -8,6 +8,8 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from cuszp_cupy.evaluation.serve import DECODERS, LARGE
+
 CODEC_CAPTION = (
     "GB/s: 1e9 raw (uncompressed) bytes a second, ± half the interquartile range. of copy: bytes read and "
     "written a second, as a share of the device copy in the first row of the same data. Device to device, cold "
@@ -41,6 +43,24 @@ ACCURACY_CAPTION = (
     "same most likely token. ΔNLL: paired, nats a token. ±: one standard error, over windows. PPL moves within "
     "its noise: judge by KL and top-1."
 )
+SERVE_CAPTION = (
+    "requests/s: of all rounds, ± half the interquartile range over rounds; to first token: from submission, all "
+    "that are in flight submitted at once. first: computed, and stored where there is offloading; restored: "
+    "evicted from the GPU since (recompute computes it again). cached: share of the prompt that was in a cache."
+)
+TRANSFER_CAPTION = (
+    "GB/s: 1e9 raw bytes a second, by events on the stream of each transfer; of all, and the median of those of "
+    "{large:.0f} MB or more, ± half the interquartile range. x raw: against vLLM's own copies."
+)
+MOVED_CAPTION = (
+    "Raw GB that the pipelines took, and what crossed the link. checked: loaded pages compared with a raw copy; "
+    "reference: those also compared with what the reference decodes, bit for bit."
+)
+AGREEMENT_CAPTION = (
+    "Restored requests, prompt by prompt: raw against recompute is the noise of vLLM itself. same tokens: those "
+    "before the first that differs, of all; KL: of the first token's distribution, nats."
+)
+BESIDE_CAPTION = "{decoders} requests decode, alone and beside prompts that are restored for one token each."
 
 
 def codec_table(rows: list[dict], title: str) -> Table:
@@ -201,6 +221,128 @@ def equal_kl_lines(results: list[dict]) -> list[str]:
     return lines
 
 
+def serve_tables(result: dict, title: str) -> list[Table]:
+    """Return the tables of ``evaluation.serve.serve``, those alone that have rows."""
+    tables = [
+        _serve_rows(result["rows"], title), _transfers(result["variants"]), _moved(result["variants"]),
+        _agreement(result["agreement"]), _beside(result["variants"]),
+    ]  # fmt: skip
+    return [table for table in tables if table.row_count]
+
+
+def _serve_rows(rows: list[dict], title: str) -> Table:
+    numbers = ("in\nflight", "requests", "requests\n/s", "± %", "x raw", "to first\ntoken p50", "p90", "p99\nms",
+               "cached")  # fmt: skip
+    table = _table(title, SERVE_CAPTION, (), ("prompt\ntokens", "what", "variant"), numbers)
+
+    def case(row):
+        return row["prompt_tokens"], row["what"], row["in_flight"]
+
+    raw = {case(row): row["requests_per_s"] for row in rows if row["variant"] == "raw"}
+    previous = None
+    for one in dict.fromkeys(map(case, rows)):
+        if previous is not None:
+            table.add_section()
+        previous = one
+        for row in (row for row in rows if case(row) == one):
+            numbers = (
+                ("requests_per_s", "{:.2f}"), ("spread_percent", "{:.1f}"), ("x", "{:.2f}"),
+                ("first_token_ms_p50", "{:.1f}"), ("first_token_ms_p90", "{:.1f}"),
+                ("first_token_ms_p99", "{:.1f}"), ("cached_share", "{:.0%}"),
+            )  # fmt: skip
+            values = row | {"x": row["requests_per_s"] / raw[one]}
+            cells = [_show(values[key], pattern) for key, pattern in numbers]
+            table.add_row(*one[:2], row["variant"], str(one[2]), str(row["requests"]), *cells)
+    return table
+
+
+def _transfers(variants: dict) -> Table:
+    numbers = ("calls", "GB", "GB/s", "x raw", "large\ncalls", "largest\nMB", "GB/s", "± %", "x raw")
+    caption = TRANSFER_CAPTION.format(large=LARGE / 1e6)
+    table = _table("transfers", caption, (), ("way", "variant"), numbers)
+    for way in ("store", "load"):
+        if table.row_count:
+            table.add_section()
+        raw = variants["raw"]["transfers"][way]
+        for name, result in variants.items():
+            row = result["transfers"][way]
+            if row["calls"]:
+                cells = [str(row["calls"]), f"{row['bytes'] / 1e9:.1f}", _show(row["gbps"], "{:.1f}")]
+                cells += [_times(row, raw, "gbps"), str(row["large_calls"]), f"{row['large_bytes'] / 1e6:.0f}"]
+                cells += [_show(row["large_gbps"], "{:.1f}"), _show(row["large_spread_percent"], "{:.1f}")]
+                table.add_row(way, name, *cells, _times(row, raw, "large_gbps"))
+    return table
+
+
+def _times(row: dict, raw: dict, key: str) -> str:
+    return f"{row[key] / raw[key]:.2f}" if row[key] and raw[key] else ""
+
+
+def _moved(variants: dict) -> Table:
+    numbers = ("pages\nstored", "loaded", "GB\nstored", "link\nGB", "GB\nloaded", "link\nGB", "ratio",
+               "kept\nraw", "missed", "dam-\naged", "checked", "refer-\nence", "max err\n/ eb")  # fmt: skip
+    table = _table("what moved", MOVED_CAPTION, (), ("variant", "worker"), numbers)
+    for name, result in variants.items():
+        for i, worker in enumerate(result["stats"]):
+            for one in worker["pipelines"]:
+                store, load, verified = one["store"], one["load"], one.get("verified", {})
+                cells = [str(store["pages"]), str(load["pages"])]
+                cells += [f"{way[key] / 1e9:.2f}" for way in (store, load) for key in ("raw_bytes", "link_bytes")]
+                cells += [f"{store['ratio']:.2f}", str(one["raw_pages"]), str(one["mispredicted"])]
+                cells += [str(one["failed_pages"]), _show(verified.get("checked"), "{}")]
+                cells += [_show(verified.get("compared_with_reference"), "{}")]
+                cells += [_show(verified.get("largest_error_over_bound"), "{:.4f}")]
+                table.add_row(name, str(i), *cells)
+    return table
+
+
+def _agreement(rows: list[dict]) -> Table:
+    numbers = ("requests", "all tokens\nthe same", "same\ntokens", "same\nfirst", "KL")
+    table = _table("agreement", AGREEMENT_CAPTION, (), ("variant", "against"), numbers)
+    for row in rows:
+        shares = [f"{row[key]:.4f}" for key in ("same_all", "same_tokens", "same_first")]
+        cells = [str(row["requests"]), *shares, _show(row["first_kl"], "{:.5f}")]
+        table.add_row(row["variant"], row["against"], *cells)
+    return table
+
+
+def _beside(variants: dict) -> Table:
+    caption = BESIDE_CAPTION.format(decoders=DECODERS)
+    numbers = ("tokens/s\nalone", "beside", "of\nalone", "x raw", "restored\n/s")
+    table = _table("decoding beside restores", caption, (), ("variant",), numbers)
+    raw = variants["raw"]["beside"]
+    for name, result in variants.items():
+        if row := result["beside"]:
+            alone, beside = row["decoded_tokens_per_s_alone"], row["decoded_tokens_per_s"]
+            cells = [
+                _show(alone, "{:.1f}"),
+                _show(beside, "{:.1f}"),
+                f"{beside / alone:.0%}" if alone and beside else "",
+            ]
+            cells += [_times(row, raw, "decoded_tokens_per_s"), _show(row["restored_requests_per_s"], "{:.1f}")]
+            table.add_row(name, *cells)
+    return table
+
+
+def serve_lines(result: dict) -> list[str]:
+    """Return what of ``evaluation.serve.serve`` is no table: a line a bound against raw, fall-backs, notes."""
+    lines = []
+    for name, over in result["over_raw"].items():
+        requests = ", ".join(
+            f"{one['times']:.2f} ({one['prompt_tokens']} tokens, {one['in_flight']} in flight)"
+            for one in over["restored_requests"]
+        )
+        speeds = (("loads", "large_load"), ("stores", "large_store"), ("decoded tokens/s", "decoded_tokens"))
+        shown = "".join(f"; {what} {over[key]:.2f}" for what, key in speeds if over[key])
+        lines.append(f"{name}, times raw: restored requests/s {requests}{shown}")
+    for name, variant in result["variants"].items():
+        for i, worker in enumerate(variant["stats"]):
+            for reason, count in worker["passed_through"].items():
+                amount = f"{count['descriptors']} descriptors, {count['bytes'] / 1e6:.1f} MB"
+                lines.append(f"{name}, worker {i}, passed through: {amount}: {reason}")
+    return [*lines, *result["notes"], *(f"PROBLEM: {problem}" for problem in result["problems"])]
+
+
 def soak_lines(result: dict) -> list[str]:
     """Return the lines that tell of ``evaluation.soak.soak``."""
     calls = ", ".join(f"{count} x {name}" for name, count in sorted(result["calls"].items()))
@@ -327,6 +469,41 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
     axes.set_title(f"{title}. Crosses: K and V apart", fontsize=10)
     axes.set_xlim(right=axes.get_xlim()[1] + 0.2 * max(row["bits_per_value"] for row in rows))  # room for names
     axes.grid(True, which="both", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_serve(result: dict, title: str, path: str | Path) -> None:
+    """Draw, for each length of prompts, requests/s and the time to the first token of restored requests."""
+    plt = pyplot()
+    rows = [row for row in result["rows"] if row["what"] == "restored"]
+    lengths = list(dict.fromkeys(row["prompt_tokens"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    flights = sorted({row["in_flight"] for row in rows})
+    size = (max(7.5, 4.2 * len(lengths)), 7)
+    figure, axes = plt.subplots(2, len(lengths), figsize=size, layout="constrained", squeeze=False)
+    for (above, below), length in zip(axes.T, lengths, strict=True):
+        for i, variant in enumerate(variants):
+            own = {r["in_flight"]: r for r in rows if (r["prompt_tokens"], r["variant"]) == (length, variant)}
+            style = {"color": "black" if variant == "raw" else "grey" if variant == "recompute" else f"C{i}"}
+            label = variant if variant in ("raw", "recompute") else f"compressed, {variant}"
+            rates = [own[n]["requests_per_s"] for n in flights]
+            above.plot(range(len(flights)), rates, "o-", ms=4, label=label, **style)
+            median = [own[n]["first_token_ms_p50"] for n in flights]
+            late = [max(0.0, own[n]["first_token_ms_p90"] - own[n]["first_token_ms_p50"]) for n in flights]
+            width = 0.8 / len(variants)
+            x = [n - 0.4 + (i + 0.5) * width for n in range(len(flights))]
+            bars = [[0.0] * len(late), late]
+            below.bar(x, median, 0.92 * width, yerr=bars, capsize=3, ecolor="dimgrey", label=label, **style)
+        for axis in (above, below):
+            axis.set_xticks(range(len(flights)), map(str, flights))
+            axis.set(xlabel="requests in flight", ylim=(0, None))
+            axis.grid(True, axis="y", alpha=0.3)
+        above.set_title(f"prompts of {length} tokens", fontsize=10)
+    axes[0][0].set_ylabel("restored requests a second")
+    axes[1][0].set_ylabel("to the first token, ms: p50, whisker p90")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -2,13 +2,14 @@
 
 Two or more sets of prompts evict each other from a GPU cache too small for all; from the second round on, each
 prompt's KV is restored. Every variant runs in a process of its own, all with the same prompts:
-``recompute`` (no offloading), ``raw`` (vLLM's own) and one a bound.
+``recompute`` (no offloading, one round), ``raw`` (vLLM's own) and one a bound.
 
 ``python -m cuszp_cupy.evaluation.serve CASE.json RESULT.json`` is what each of those processes runs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+from cuszp_cupy.evaluation import data, machine, timing
 
 LLAMA_8B = {  # the shape alone: 32 layers, 8 KV heads of 128; to be filled with dummy weights
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -28,7 +31,14 @@ LLAMA_8B = {  # the shape alone: 32 layers, 8 KV heads of 128; to be filled with
     "hidden_act": "silu", "torch_dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 0,
     "eos_token_id": 1,
 }  # fmt: skip
+LLAMA_1B = LLAMA_8B | {  # 16 layers, 8 KV heads of 64
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+SHAPES = {"llama-8b": LLAMA_8B, "llama-1b": LLAMA_1B}
 FIRST_LOGPROBS = 100  # most likely first tokens that distributions are compared on
+DECODERS = 4  # requests that decode beside restores
+LARGE = 50e6  # bytes of a transfer whose speed is that of the link, not of its start
 
 
 @dataclass
@@ -37,27 +47,34 @@ class Case:
 
     Args:
         model: a folder.    dummy: random weights (the folder needs config.json alone).
-        prompt_tokens: shortest and longest prompt.    prompts: in a set.    sets: that evict each other.
+        fill: scale the dummy weights of K and V, so that pages compress as those of real KV (``kv_scales``).
+        prompt_tokens: ranges of the prompts' length, shortest and longest; one after the other, with sets of
+            their own.
+        prompts: in a set; of shorter ranges as many more as make as many tokens.    sets: that evict each other.
         prompt_file: JSON list of prompts as token ids, at least sets x prompts; random tokens when None.
         new_tokens: of each request.    in_flight: requests submitted at once; each in a pass of its own.
-        repeats: restored rounds for each.    gpu_tokens: size of the GPU's cache.    cpu_gb: of the CPU's, GiB.
-        beside: seconds of restores beside decoding requests; 0: none.
-        processes: ``one``, or how vLLM starts its own: ``fork``, ``spawn``.
+        repeats: restored rounds for each.
+        gpu_tokens: size of the GPU's cache.    cpu_gb: of the CPU's, GiB. None: as the prompts need (``sized``).
+        beside: seconds of decoding alone, then of restores beside it; 0: none.
+        beside_rate: restores a second beside it; None: two at any time, so that a faster link does more of them.
+        processes: ``one``, or how vLLM starts its own: ``fork``, ``spawn``. Transfers are timed in ``one`` only.
         settings: of ``vllm_patch.configure``, besides the bound.    engine: more arguments of ``vllm.LLM``.
     """
 
     model: str
     dummy: bool = False
-    prompt_tokens: tuple[int, int] = (8000, 8000)
+    fill: bool = False
+    prompt_tokens: tuple[tuple[int, int], ...] = ((8000, 8000),)
     prompts: int = 16
     sets: int = 2
     prompt_file: str | None = None
     new_tokens: int = 1
     in_flight: tuple[int, ...] = (1, 4, 16)
     repeats: int = 3
-    gpu_tokens: int = 144_000
-    cpu_gb: float = 36.0
+    gpu_tokens: int | None = None
+    cpu_gb: float | None = None
     beside: float = 0.0
+    beside_rate: float | None = None
     logprobs: bool = False
     tensor_parallel: int = 1
     processes: str = "one"
@@ -73,26 +90,174 @@ def write_shape(folder: Path, config: dict = LLAMA_8B) -> str:
 
 
 # --- in front -----------------------------------------------------------------------------------------------
+def missing() -> str | None:
+    """Return what stands in the way of ``serve`` and what to do, in a sentence; None if nothing does."""
+    for name in ("torch", "vllm"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed: install vLLM (pip install vllm), which brings its own torch"
+    if (why := machine.gpu_missing()) is not None:
+        return f"vLLM runs on a GPU here: {why}"
+    try:
+        import vllm_patch  # refuses a vLLM that it does not know
+    except (ImportError, ValueError) as error:
+        return str(error)
+    vllm_patch.uninstall()  # the variants' processes patch themselves
+    return None
+
+
+def sized(case: Case) -> Case:
+    """Return ``case`` with the sizes of the caches: the GPU's holds a set and an eighth, the CPU's all sets.
+
+    What is to be in flight at once is at most a set.
+
+    Raises:
+        ValueError: prompts that evict nothing or do not fit, or a config.json that does not tell the size of KV.
+    """
+    sets = prompts(case)
+    largest = max(_tokens(some, case) for group in sets.values() for some in group)
+    most = max(sum(_tokens(some, case) for some in group) for group in sets.values())
+    least = min(sum(_tokens(some, case) for some in group) for group in sets.values())
+    fewest = min(len(some) for group in sets.values() for some in group)
+    case = replace(
+        case, gpu_tokens=case.gpu_tokens or math.ceil(largest * 9 / 8 / 16) * 16,
+        in_flight=tuple(dict.fromkeys(min(n, fewest) for n in case.in_flight)),
+    )  # fmt: skip
+    if _longest(sets) + case.new_tokens > case.gpu_tokens:
+        raise ValueError(f"a GPU cache of {case.gpu_tokens} tokens: the longest prompt has {_longest(sets)}")
+    if least <= case.gpu_tokens:
+        raise ValueError(
+            f"the GPU cache holds {case.gpu_tokens} tokens, and all sets of a range only {least}: nothing would "
+            "be restored; take more sets or prompts, or a smaller cache"
+        )
+    if case.cpu_gb is None:
+        config = json.loads((Path(case.model) / "config.json").read_text(encoding="utf-8"))
+        case = replace(case, cpu_gb=math.ceil(1.1 * most * kv_bytes(config) / 2**30 * 2) / 2)
+    return case
+
+
+def _tokens(some, case: Case) -> int:
+    return sum(len(prompt) + case.new_tokens for prompt in some)
+
+
+def _longest(sets) -> int:
+    return max(len(prompt) for group in sets.values() for some in group for prompt in some)
+
+
+def kv_bytes(config: dict) -> int:
+    """Return the bytes of a token's KV, 16 bits a value, from a model's ``config.json``.
+
+    >>> kv_bytes(LLAMA_8B)
+    131072
+    """
+    config = config.get("text_config", config)
+    try:
+        heads = config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        return 2 * 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
+    except KeyError as error:
+        raise ValueError(f"config.json has no {error}: say how large the CPU's cache is to be") from None
+
+
 def serve(case: Case, bounds=("rms:0.05",), step=lambda text: None, timeout: float = 1800) -> dict:
-    """Run ``case`` in all variants; return their results, compared.
+    """Run ``case`` in all variants; return their results, compared. No path of this machine is in them.
 
     Raises:
         RuntimeError: a variant failed; the message ends with what it printed last.
+        ValueError: as from ``sized``.
     """
-    variants = {}
+    case, variants = sized(case), {}
     for name in ("recompute", "raw", *bounds):
-        step(f"serve {name}")
+        step(f"vLLM, {name}")
         variants[name] = _run(case, name, timeout)
+    return result_of(case, variants)
+
+
+def result_of(case: Case, variants: dict[str, dict]) -> dict:
+    """Return what ``serve`` does, from what the variants' processes wrote."""
+    patched = [name for name in variants if name not in ("recompute", "raw")]
     rows = [row | {"variant": name} for name, result in variants.items() for row in summary(result)]
-    compared = {
-        name: compare(variants["raw"], variants[name]) for name in variants if name not in ("raw", "recompute")
-    }
-    notes = ["dummy weights: the ratio is that of their KV, not of a trained model's"] if case.dummy else []
+    notes, problems = [], []
+    if case.dummy:
+        filled = "K and V are scaled by channel as real KV is, and compress about as real pages do"
+        plain = "K and V are Gaussian, and compress a little less than real pages do"
+        notes.append(
+            "Dummy weights: ratio, tokens and KL are not representative of a trained model; "
+            f"{filled if case.fill else plain}."
+        )
+    if case.processes != "one" or case.tensor_parallel > 1:
+        notes.append("Transfers were not timed: that takes one process.")
+    if (case.settings or {}).get("verify"):
+        notes.append("Speeds with verify mean nothing: it waits at each transfer.")
+    for name in patched:
+        problems += [f"{name}: {problem}" for problem in _problems(case, variants[name]["stats"])]
     kept = ("transfers", "stats", "beside", "vllm", "start_s")
-    return {
-        "case": asdict(case), "rows": rows, "compared_with_raw": compared, "notes": notes,
+    result = {
+        "case": described(case), "rows": rows,
+        "agreement": [
+            {"variant": name, "against": against} | compare(variants[against], variants[name])
+            for against in ("recompute", "raw") for name in variants if name not in ("recompute", against)
+        ],
+        "notes": notes, "problems": problems,
         "variants": {name: {key: result[key] for key in kept} for name, result in variants.items()},
     }  # fmt: skip
+    for one in (one for variant in result["variants"].values() for one in variant["stats"]):
+        one["settings"] = {key: value for key, value in one["settings"].items() if key != "stats_dir"}
+    return result | {"over_raw": {name: over_raw(result, name) for name in patched}}
+
+
+def described(case: Case) -> dict:
+    """Return the case as plain values, folders and files by their names alone."""
+    values = asdict(case) | {"model": Path(case.model).resolve().name}
+    if case.prompt_file:
+        values["prompt_file"] = Path(case.prompt_file).name
+    return values
+
+
+def _problems(case: Case, stats: list[dict]) -> list[str]:
+    """Return what makes the numbers of a bound those of something else."""
+    if len(stats) != case.tensor_parallel:
+        return [
+            f"{len(stats)} of {case.tensor_parallel} workers say that they are patched; is cuszp_cupy installed?"
+        ]
+    found = []
+    for one in stats:
+        for way in ("store", "load"):
+            if not sum(pipeline[way]["pages"] for pipeline in one["pipelines"]):
+                found.append(f"no {way} was compressed; passed through: {one['passed_through'] or 'nothing'}")
+        failed = sum(pipeline["failed_pages"] for pipeline in one["pipelines"])
+        if failed:
+            found.append(f"{failed} pages came back damaged")
+        if (case.settings or {}).get("verify") and not all(
+            "verified" in pipeline for pipeline in one["pipelines"]
+        ):
+            found.append("pages were not verified")
+    return found
+
+
+def over_raw(result: dict, bound: str) -> dict:
+    """Return how many times raw's speeds those of ``bound`` are: what the comparison is made for."""
+
+    def rate(variant):
+        restored = (row for row in result["rows"] if row["variant"] == variant and row["what"] == "restored")
+        return {(row["prompt_tokens"], row["in_flight"]): row["requests_per_s"] for row in restored}
+
+    ours, raws = rate(bound), rate("raw")
+    found = {
+        "restored_requests": [
+            {"prompt_tokens": tokens, "in_flight": in_flight, "times": ours[tokens, in_flight] / raw}
+            for (tokens, in_flight), raw in raws.items()
+        ]
+    }
+    both = [result["variants"][name] for name in (bound, "raw")]
+    for way in ("load", "store"):
+        found[way] = _over(*(one["transfers"][way]["gbps"] for one in both))
+        found[f"large_{way}"] = _over(*(one["transfers"][way]["large_gbps"] for one in both))
+    found["decoded_tokens"] = _over(*((one["beside"] or {}).get("decoded_tokens_per_s") for one in both))
+    return found
+
+
+def _over(ours: float | None, raw: float | None) -> float | None:
+    return ours / raw if ours and raw else None
 
 
 def _run(case: Case, variant: str, timeout: float) -> dict:
@@ -111,40 +276,52 @@ def _run(case: Case, variant: str, timeout: float) -> dict:
 def environment(case: Case) -> dict[str, str]:
     """Return the variables of a variant's process: none of ours but what it sets itself."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("CUSZP_")}
+    root = str(Path(__file__).parents[2])  # a checkout need not be installed, unless vLLM spawns
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, (root, own.get("PYTHONPATH"))))
     own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if case.processes == "one" else "1"
+    if case.fill:
+        own["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # fill_kv is sent to vLLM's own processes, none else
     if case.processes != "one":
         own["VLLM_WORKER_MULTIPROC_METHOD"] = case.processes
     return own
 
 
 def summary(result: dict) -> list[dict]:
-    """Return a row a kind of round: requests/s, and p50, p90 and p99 of the time to the first token, ms."""
+    """Return a row a kind of round: requests/s, and p50, p90 and p99 of the time to the first token, ms.
+
+    ``spread_percent``: half the interquartile range of the rounds' requests/s, of their median; None for one.
+    """
     rows, kinds = [], {}
     for one in result["rounds"]:
-        kinds.setdefault((one["what"], one["in_flight"]), []).append(one)
-    for (what, in_flight), rounds in kinds.items():
+        kinds.setdefault((one["prompt_tokens"], one["what"], one["in_flight"]), []).append(one)
+    for (tokens, what, in_flight), rounds in kinds.items():
         first = np.concatenate([one["first_token_ms"] for one in rounds])
         requests, seconds = sum(one["requests"] for one in rounds), sum(one["seconds"] for one in rounds)
         percentiles = dict(zip(("p50", "p90", "p99"), np.percentile(first, (50, 90, 99)).tolist(), strict=True))
+        rates = [one["requests"] / one["seconds"] for one in rounds]
+        spread = timing.summary(rates).spread_percent if len(rates) > 1 else None
         rows.append(
-            {"what": what, "in_flight": in_flight, "requests": requests, "requests_per_s": requests / seconds}
+            {"prompt_tokens": tokens, "what": what, "in_flight": in_flight, "requests": requests}
+            | {"requests_per_s": requests / seconds, "spread_percent": spread}
             | {f"first_token_ms_{name}": value for name, value in percentiles.items()}
-            | {"restored_share": float(np.mean([share for one in rounds for share in one["cached_share"]]))}
+            | {"cached_share": float(np.mean([share for one in rounds for share in one["cached_share"]]))}
         )
     return rows
 
 
-def compare(raw: dict, other: dict) -> dict:
-    """Return how restored requests of ``other`` differ from those of ``raw``, prompt by prompt.
+def compare(one: dict, other: dict) -> dict:
+    """Return how restored requests of ``other`` differ from those of ``one``, prompt by prompt.
 
-    ``same_tokens``: share of equal tokens before the first that differs, of all; ``same_first``: share of equal
-    first tokens; ``first_kl``: mean KL divergence of the first token's distribution, nats, None if not recorded.
+    ``same_all``: share of requests whose tokens are all equal; ``same_tokens``: share of equal tokens before the
+    first that differs, of all; ``same_first``: share of equal first tokens; ``first_kl``: mean KL divergence of
+    the first token's distribution, nats, None if not recorded.
     """
-    pairs = [(raw["restored"][key], other["restored"][key]) for key in sorted(raw["restored"])]
+    pairs = [(one["restored"][key], other["restored"][key]) for key in sorted(one["restored"])]
     agreed = [_common(a["tokens"], b["tokens"]) / max(len(a["tokens"]), 1) for a, b in pairs]
     divergences = [kl(a["first"], b["first"]) for a, b in pairs if a["first"] and b["first"]]
     return {
-        "requests": len(pairs), "same_tokens": float(np.mean(agreed)),
+        "requests": len(pairs), "same_all": float(np.mean([a["tokens"] == b["tokens"] for a, b in pairs])),
+        "same_tokens": float(np.mean(agreed)),
         "same_first": float(np.mean([a["tokens"][:1] == b["tokens"][:1] for a, b in pairs])),
         "first_kl": float(np.mean(divergences)) if divergences else None,
     }  # fmt: skip
@@ -186,28 +363,35 @@ def main(arguments: str, result: str) -> None:
         _watch(transfers)
     from vllm import LLM, SamplingParams, __version__
 
-    began = time.perf_counter()
-    llm = LLM(**llm_arguments(case, variant))
+    began, sets = time.perf_counter(), prompts(case)
+    llm = LLM(**llm_arguments(case, variant, _longest(sets)))
+    if case.fill:
+        from cuszp_cupy.evaluation import serve  # by its name: __main__ is another module in vLLM's processes
+
+        llm.apply_model(serve.fill_kv)
     start_s = time.perf_counter() - began
     params = SamplingParams(
         max_tokens=case.new_tokens, temperature=0, detokenize=False, ignore_eos=True,
         logprobs=FIRST_LOGPROBS if case.logprobs else None,
     )  # fmt: skip
-    sets = prompts(case)
     rounds, restored = [], {}
-    for number, some in enumerate(sets):
-        rounds.append(_round(llm, params, some, len(some), "first", number)[0])
-    for in_flight in case.in_flight:
-        for _ in range(case.repeats):
-            for number, some in enumerate(sets):
-                one, outputs = _round(llm, params, some, in_flight, "restored", number)
-                rounds.append(one)
-                for i, output in enumerate(outputs):
-                    restored.setdefault(f"{number}/{i}", _record(output))
-    beside = _beside(llm, sets, case.beside) if case.beside else None
-    written = [json.loads(path.read_text()) for path in sorted(Path(given["stats_dir"]).glob("cuszp-*.json"))]
-    if case.processes == "one" and "vllm_patch" in sys.modules:
-        written = sys.modules["vllm_patch"].stats()
+    for label, group in sets.items():
+        for number, some in enumerate(group):
+            rounds.append(_round(llm, params, some, len(some), "first", number)[0] | {"prompt_tokens": label})
+        for in_flight in case.in_flight:
+            for _ in range(1 if variant == "recompute" else case.repeats):
+                for number, some in enumerate(group):
+                    one, outputs = _round(llm, params, some, in_flight, "restored", number)
+                    rounds.append(one | {"prompt_tokens": label})
+                    for i, output in enumerate(outputs):
+                        restored.setdefault(f"{label}/{number}/{i}", _record(output))
+    beside = _beside(llm, max(sets.values(), key=_mean), case) if case.beside else None
+    if case.processes == "one" and case.tensor_parallel == 1:
+        written = sys.modules["vllm_patch"].stats() if "vllm_patch" in sys.modules else []
+    else:
+        time.sleep(1.2)  # workers write once a second, at the end of a step: let one more end
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
+        written = [json.loads(path.read_text()) for path in sorted(Path(given["stats_dir"]).glob("cuszp-*.json"))]
     Path(result).write_text(
         json.dumps({
             "rounds": rounds, "restored": restored, "transfers": speeds(transfers), "stats": written,
@@ -217,9 +401,38 @@ def main(arguments: str, result: str) -> None:
     )  # fmt: skip
 
 
-def llm_arguments(case: Case, variant: str) -> dict:
-    """Return the arguments of ``vllm.LLM``."""
-    longest = case.prompt_tokens[1] + case.new_tokens + 16
+def fill_kv(model) -> None:
+    """Scale the rows of a vLLM model's K and V projections by ``kv_scales``, as dummy weights left them."""
+    import torch
+
+    layers = [layer for layer in model.modules() if hasattr(layer, "qkv_proj") and hasattr(layer, "kv_size")]
+    if not layers:
+        raise ValueError("fill: this model has no qkv_proj to scale; shapes of Llama have")
+    for i, layer in enumerate(layers):
+        both = layer.qkv_proj.weight.data[-2 * layer.kv_size :].split(layer.kv_size)
+        scales = kv_scales(i, len(layers), layer.kv_size // layer.head_dim, layer.head_dim)
+        for rows, own in zip(both, scales, strict=True):
+            with torch.inference_mode():  # which the weights may have been made in
+                rows.mul_(rows.new_tensor(own.reshape(-1, 1)))
+
+
+def kv_scales(layer: int, num_layers: int, heads: int, head_size: int) -> np.ndarray:
+    """Return factors ``[K and V, heads, head_size]`` that make K and V of dummy weights compress as real KV.
+
+    Dummy weights make K and V Gaussian, all channels alike. The factors are the channels' RMS in the sample of
+    ``cuszp_cupy/data``, relative to their layer's; both halves of a head alike, since RoPE turns them into each
+    other; and levels of layers spread over an octave, because a step is a power of two.
+    """
+    mean_square = (data.kv_sample().astype(np.float64) ** 2).mean(axis=3)  # [layer, K or V, head, channel]
+    mean_square = mean_square[layer % len(mean_square)].reshape(2, -1)
+    relative = np.sqrt(mean_square / mean_square.mean(axis=1, keepdims=True))
+    halves = np.stack([np.resize(part, (heads, head_size // 2)) for part in relative])
+    return np.tile(halves, 2) * 2 ** (layer / num_layers)
+
+
+def llm_arguments(case: Case, variant: str, longest: int) -> dict:
+    """Return the arguments of ``vllm.LLM``; ``longest``: tokens of a prompt."""
+    longest += case.new_tokens + 16
     arguments = dict(
         model=case.model, load_format="dummy" if case.dummy else "auto", skip_tokenizer_init=True,
         enforce_eager=True, attention_backend="FLASH_ATTN", dtype="bfloat16", max_model_len=longest,
@@ -236,18 +449,34 @@ def llm_arguments(case: Case, variant: str) -> dict:
     return arguments | (case.engine or {})
 
 
-def prompts(case: Case) -> list[list[list[int]]]:
-    """Return the sets of prompts, as token ids; the same for every variant."""
+def prompts(case: Case) -> dict[str, list[list[list[int]]]]:
+    """Return the sets of prompts of each range of lengths, as token ids; the same for every variant."""
     if case.prompt_file:
         every = json.loads(Path(case.prompt_file).read_text(encoding="utf-8"))
         if len(every) < case.sets * case.prompts:
             raise ValueError(f"prompt_file: expected {case.sets * case.prompts} prompts, got {len(every)}")
-    else:
-        config = json.loads((Path(case.model) / "config.json").read_text(encoding="utf-8"))
-        rng, (low, high) = np.random.default_rng(0), case.prompt_tokens
-        lengths = rng.integers(low, high + 1, case.sets * case.prompts)
-        every = [rng.integers(10, config["vocab_size"], n).tolist() for n in lengths]
-    return [every[i * case.prompts : (i + 1) * case.prompts] for i in range(case.sets)]
+        every = every[: case.sets * case.prompts]
+        return {_label(min(map(len, every)), max(map(len, every))): _split(every, case.sets)}
+    config = json.loads((Path(case.model) / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    rng, longest, groups = np.random.default_rng(0), max(map(sum, case.prompt_tokens)), {}
+    for low, high in case.prompt_tokens:
+        lengths = rng.integers(low, high + 1, case.sets * round(case.prompts * longest / (low + high)))
+        groups[_label(low, high)] = _split([rng.integers(10, vocabulary, n).tolist() for n in lengths], case.sets)
+    return groups
+
+
+def _label(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _split(every: list, parts: int) -> list[list]:
+    size = len(every) // parts
+    return [every[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def _mean(group) -> float:
+    return float(np.mean([len(prompt) for some in group for prompt in some]))
 
 
 def _round(llm, params, some, in_flight: int, what: str, number: int):
@@ -271,39 +500,45 @@ def _record(output) -> dict:
     return {"tokens": list(output.outputs[0].token_ids), "first": known}
 
 
-def _beside(llm, sets, seconds: float, decoders: int = 4) -> dict:
-    """Restore prompts for a while beside decoding requests; return tokens and requests a second."""
+def _beside(llm, sets, case: Case) -> dict:
+    """Decode for a while alone, then beside prompts that are restored; return tokens and requests a second."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
     options = dict(temperature=0, detokenize=False, ignore_eos=True)
     room = engine.model_config.max_model_len
-    endless = SamplingParams(max_tokens=room - 80, **options)
-    short = SamplingParams(max_tokens=1, **options)
+    endless, short = SamplingParams(max_tokens=room - 80, **options), SamplingParams(max_tokens=1, **options)
     queue = [prompt for some in sets for prompt in some]
-    for i in range(decoders):
+    for i in range(DECODERS):
         engine.add_request(f"decode-{i}", {"prompt_token_ids": queue[i][:64]}, endless)
-    tokens, finished, number, began = {}, 0, 0, None
-    while began is None or time.perf_counter() - began < seconds:
+    tokens, number, finished = {f"decode-{i}": 0 for i in range(DECODERS)}, 0, 0
+
+    def step():
+        nonlocal finished
         for output in engine.step():
-            if output.request_id.startswith("decode"):
+            if output.request_id in tokens:
                 tokens[output.request_id] = len(output.outputs[0].token_ids)
-            elif output.finished:
-                finished += 1
-        waiting = number - finished
-        if len(tokens) == decoders and min(tokens.values()) > 16 and began is None:
-            began, before, finished_before = time.perf_counter(), sum(tokens.values()), finished
-        if began is not None and waiting < 2:
-            engine.add_request(f"restore-{number}", {"prompt_token_ids": queue[number % len(queue)]}, short)
-            number += 1
-        if max(tokens.values(), default=0) > room - 128:
-            break  # the decoding requests are full
-    elapsed = time.perf_counter() - began
-    made, done = sum(tokens.values()) - before, finished - finished_before
-    engine.abort_request([f"decode-{i}" for i in range(decoders)])
+            else:
+                finished += output.finished
+
+    while min(tokens.values()) < 16:
+        step()
+    found = {}
+    for name, restores in (("decoded_tokens_per_s_alone", False), ("decoded_tokens_per_s", True)):
+        began, before, elapsed = time.perf_counter(), sum(tokens.values()), 0.0
+        while elapsed < case.beside and max(tokens.values()) < room - 128:  # until the decoding requests are full
+            due = case.beside_rate is None or number < case.beside_rate * elapsed
+            if restores and due and number - finished < 2:
+                engine.add_request(f"restore-{number}", {"prompt_token_ids": queue[number % len(queue)]}, short)
+                number += 1
+            step()
+            elapsed = time.perf_counter() - began
+        found[name] = (sum(tokens.values()) - before) / elapsed if elapsed else None
+    found |= {"seconds": elapsed, "restored_requests_per_s": finished / elapsed if elapsed else None}
+    engine.abort_request(list(tokens))
     while engine.has_unfinished_requests():
         engine.step()
-    return {"seconds": elapsed, "decoded_tokens_per_s": made / elapsed, "restored_requests_per_s": done / elapsed}
+    return found
 
 
 def _watch(transfers: list) -> None:
@@ -323,14 +558,17 @@ def _watch(transfers: list) -> None:
 
 
 def speeds(transfers) -> dict:
-    """Return, each way, calls, raw bytes, seconds, and GB/s of all and of the large ones (100 MB or more)."""
+    """Return, each way, calls, raw bytes, seconds and GB/s of all, and the large ones' median and spread."""
     found = {}
     for way in ("store", "load"):
-        some = [(size, seconds) for direction, size, seconds in transfers if direction == way]
-        large = [one for one in some if one[0] >= 100e6]
+        some = [(size, seconds) for direction, size, seconds in transfers if direction == way and seconds]
+        large = [size / seconds / 1e9 for size, seconds in some if size >= LARGE]
+        spread = timing.summary(large).spread_percent if len(large) > 1 else None
         found[way] = {
             "calls": len(some), "bytes": sum(size for size, _ in some), "seconds": sum(s for _, s in some),
-            "gbps": _gbps(some), "large_calls": len(large), "large_gbps": _gbps(large),
+            "gbps": _gbps(some), "large_calls": len(large), "large_spread_percent": spread,
+            "large_bytes": max((size for size, _ in some), default=0),
+            "large_gbps": float(np.median(large)) if large else None,
         }  # fmt: skip
     return found
 
