@@ -31,7 +31,17 @@ import numpy as np
 
 from cuszp_cupy import reference
 from cuszp_cupy.evaluation import data
-from cuszp_cupy.format import HEADER_BYTES, MODES, FormatError, Geometry, PageHeader, checksum, rate_bytes
+from cuszp_cupy.format import (
+    BLOCK,
+    HEADER_BYTES,
+    MODES,
+    FormatError,
+    Geometry,
+    PageHeader,
+    checksum,
+    rate_bytes,
+    unpack_word1,
+)
 from cuszp_cupy.reference import calibrate, compress, decode_page, decompress, encode_page
 from cuszp_cupy.tables import BUILT_IN, Tables
 
@@ -196,22 +206,19 @@ def mutated(seed: int, number: int) -> Case:
     kv, cuszp, files = sources()
     kind = rng.choices((kv, cuszp, files), (80, 18, 2))[0]
     source, other = rng.choice(kind), rng.choice(kind)
-    if source.kind == "tables":
+    if kind is files:
         return replace(source, data=mutated_file(rng, source.data, other.data))
+    if kind is cuszp:
+        return stream(rng, source, other)
     blob = bytearray(source.data)
-    start = HEADER_BYTES if source.kind == "kv" and rng.random() < 0.6 else 0  # else the header too
+    start = rng.choice((0, HEADER_BYTES, HEADER_BYTES))  # with the header or without
     for _ in range(rng.choice((1, 1, 2, 4))):
-        if source.kind == "kv" and not start and len(blob) >= HEADER_BYTES and rng.random() < 0.5:
+        if not start and len(blob) >= HEADER_BYTES and rng.random() < 0.5:
             set_field(rng, blob)
         elif len(blob) > start:
             rng.choice(BYTES)(rng, blob, other.data, start)
-    if source.kind == "cuszp":
-        n, dtype, eb, mode = source.arguments
-        if rng.random() < 0.1:
-            n = rng.choice((0, 1, 31, 32, 33, 101, 32768, 32769, 2**31 - 1))
-        return replace(
-            source, data=bytes(blob), arguments=(n, rng.choice((dtype, "float64")), eb, rng.choice(MODES))
-        )
+    if rng.random() < 0.6:  # as long as before
+        blob = (blob + rng.randbytes(len(source.data)))[: len(source.data)]
     tables = source.tables if rng.random() < 0.9 else other.tables
     if rng.random() < 0.75 and len(blob) >= HEADER_BYTES:
         blob[24:28] = (len(blob) - HEADER_BYTES).to_bytes(4, "little")
@@ -219,6 +226,76 @@ def mutated(seed: int, number: int) -> Case:
         blob[7] = tables.id  # of swapped ones
     sealed = rng.random() < 0.8
     return Case("kv", seal(blob, tables) if sealed else bytes(blob), tables, sealed=sealed)
+
+
+def mutated_stream(seed: int, number: int) -> Case:
+    """Return a stream ``cuszp`` with the n that it was made with, else changed as in ``mutated``."""
+    rng = random.Random(seed << 40 | number)
+    cases = sources()[1]
+    source = rng.choice(cases)
+    case = stream(rng, source, rng.choice(cases))
+    return replace(case, arguments=(source.arguments[0], *case.arguments[1:]))
+
+
+def stream(rng, source: Case, other: Case) -> Case:
+    """Change rate bytes, payloads, their length, or what the decoder is told."""
+    blob, (n, dtype, eb, mode) = bytearray(source.data), source.arguments
+    area = rate_bytes(n)
+    if rng.random() < 0.3:
+        mode = rng.choice(MODES)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        way = rng.random()
+        if way < 0.4:
+            at = rng.randrange(-(-n // BLOCK))
+            blob[at : at + 1] = bytes(
+                [rng.choice((rng.randrange(32), 31, 32, 0x80, 0x9F, 0xFE, rng.randrange(256)))]
+            )
+        elif way < 0.8 and len(blob) > area:
+            rng.choice(BYTES)(rng, blob, other.data, area)
+        elif blob:
+            rng.choice(BYTES)(rng, blob, other.data, 0)
+    if rng.random() < 0.5:  # as long as the rate bytes say, if they were legal
+        size = sum((rate >> 5 & 3) + 1 if rate & 0x80 else 0 for rate in blob[: -(-n // BLOCK)])
+        size += sum(4 + 4 * (rate & 31) if rate else 0 for rate in blob[: -(-n // BLOCK)])
+        blob = (blob + rng.randbytes(size))[: area + size]
+    if rng.random() < 0.1:
+        n = rng.choice((0, 1, 31, 32, 33, 101, 32768, 32769, 2**31 - 1))
+    return replace(source, data=bytes(blob), arguments=(n, rng.choice((dtype, "float64")), eb, mode))
+
+
+def mutated_slot(seed: int, number: int, cases: list[Case]) -> tuple[list[int], bytes]:
+    """Return a table row and the memory of a slot, of one of ``cases`` (of one geometry), changed likewise."""
+    rng = random.Random(seed << 40 | number)
+    source, other = rng.choice(cases), rng.choice(cases)
+    blob, geometry = bytearray(source.data), PageHeader.parse(source.data).geometry
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        if len(blob) > HEADER_BYTES:
+            rng.choice(BYTES)(rng, blob, other.data, HEADER_BYTES)
+    if rng.random() < 0.75:
+        blob[24:28] = (len(blob) - HEADER_BYTES).to_bytes(4, "little")
+    if rng.random() < 0.3:
+        at = rng.choice((4, 4, 24, 28)) + rng.randrange(4)
+        blob[at] ^= rng.choice((1 << rng.randrange(8), rng.randrange(1, 256)))
+    slot_bytes = -(-geometry.nbytes // 16) * 16
+    slot = (bytes(blob[HEADER_BYTES:]) + rng.randbytes(slot_bytes))[:slot_bytes]
+    size = struct.unpack_from("<I", blob, 24)[0]
+    if rng.random() < 0.8 and size <= slot_bytes:
+        blob[HEADER_BYTES:] = slot[:size]
+        seal(blob, source.tables)
+    return row_of(blob), slot
+
+
+def row_of(blob) -> list[int]:
+    """Return the table row of a page: words 1, 6 and 7 of its header, and the place of its payload."""
+    return [*struct.unpack_from("<I", blob, 4), *struct.unpack_from("<II", blob, 24), 0]
+
+
+def blob_of(row, slot: bytes, dtype: str, geometry: Geometry) -> bytes:
+    """Return the blob that a row makes of the memory it points to; raise FormatError where it cannot be one."""
+    word1, size, check, place = (int(word) for word in row)
+    coding, steps = unpack_word1(word1, geometry)
+    header = PageHeader(dtype, geometry, coding, steps, size, check, word1 >> 24)
+    return header.pack() + slot[16 * place : 16 * place + size]
 
 
 def mutated_file(rng, file: bytes, other: bytes) -> bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 import fuzz
 import numpy as np
 import pytest
+from test_cuszp import GUARD, Device, payload_bytes
 
 from cuszp_cupy.evaluation import data
 from cuszp_cupy.format import (
@@ -25,8 +26,8 @@ from cuszp_cupy.format import (
     Geometry,
     PageHeader,
     rate_bytes,
-    unpack_word1,
 )
+from cuszp_cupy.raw import kv
 from cuszp_cupy.reference import decode_page, decompress
 from cuszp_cupy.tables import BUILT_IN, MOST_FILE_BYTES, Tables
 
@@ -196,29 +197,153 @@ def test_every_flipped_bit_of_a_stored_page_is_found(name):
             decode_page(damaged, tables=tables)
 
 
-def row_of(blob: bytes) -> list[int]:
-    """The table row of a page: words 1, 6 and 7 of its header, and the place of its payload."""
-    return [*struct.unpack_from("<I", blob, 4), *struct.unpack_from("<II", blob, 24), 0]
-
-
-def blob_of(row, memory: bytes, dtype: str, geometry: Geometry) -> bytes:
-    """The blob that a row makes of the memory of a slot; raise FormatError where the row cannot be one."""
-    word1, size, check, place = (int(word) for word in row)
-    coding, steps = unpack_word1(word1, geometry)
-    header = PageHeader(dtype, geometry, coding, steps, size, check, word1 >> 24)
-    return header.pack() + bytes(memory[16 * place : 16 * place + size])
-
-
 @pytest.mark.parametrize("name", small_blobs())
 def test_every_flipped_bit_of_a_table_row_is_found(name):
     """Also of the place: what lies elsewhere in the memory is not this page's payload."""
     blob, tables = small_blobs()[name]
     header = PageHeader.parse(blob)
     others = np.random.default_rng(0).bytes(4096)
-    memory, row = blob[HEADER_BYTES:] + others, row_of(blob)
-    assert blob_of(row, memory, header.dtype, header.geometry) == blob
+    memory, row = blob[HEADER_BYTES:] + others, fuzz.row_of(blob)
+    assert fuzz.blob_of(row, memory, header.dtype, header.geometry) == blob
     for bit in range(128):
         damaged = row.copy()
         damaged[bit // 32] ^= 1 << bit % 32
         with pytest.raises(FormatError):
-            decode_page(blob_of(damaged, memory, header.dtype, header.geometry), tables=tables)
+            decode_page(fuzz.blob_of(damaged, memory, header.dtype, header.geometry), tables=tables)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------
+def verdict(row, slot: bytes, dtype: str, geometry: Geometry, tables: Tables) -> np.ndarray | None:
+    """The reference's page, or None; also for pages of other tables: the kernels know one set at a time."""
+    try:
+        blob = fuzz.blob_of(row, slot, dtype, geometry)
+        header = PageHeader.parse(blob)
+        if header.coding == "entropy" and header.tables != tables.id:
+            return None
+        return decode_page(blob, tables=tables)
+    except FormatError:
+        return None
+
+
+def compare(verdicts, pages, status, rows) -> None:
+    """Assert that the kernels gave ``verdicts``; that pages they refuse are as before, unless ``entropy``."""
+    wrong = [i for i, page in enumerate(verdicts) if (page is None) != (status[i] != 0)]
+    assert not wrong, f"pages {wrong[:8]}: status {status[wrong[:8]]}, rows {rows[wrong[:8]]}"
+    for i, page in enumerate(verdicts):
+        if page is not None:
+            assert pages[i].tobytes() == page.tobytes(), f"page {i}: row {rows[i]}"
+        elif rows[i][0] >> 20 & 15 != 2:
+            assert (pages[i] == GUARD).all(), f"page {i} was refused, but written to: row {rows[i]}"
+
+
+def batches(seed: int, count: int):
+    """Yield (rows, slots, dtype, geometry, tables) of ``count`` mutated slots in all."""
+    sorts = {}
+    for case in fuzz.sources()[0]:
+        header = PageHeader.parse(case.data)
+        sorts.setdefault((header.dtype, header.geometry), []).append(case)
+    for which, ((dtype, geometry), cases) in enumerate(sorts.items()):
+        for tables in dict.fromkeys(case.tables for case in cases):
+            mine = [case for case in cases if case.tables in (BUILT_IN, tables)]
+            share = -(-count // (3 * len(sorts)))
+            for first in range(0, share, 1000):
+                numbers = range(first, min(first + 1000, share))
+                found = [fuzz.mutated_slot(100 * seed + which, i, mine) for i in numbers]
+                slots = np.stack([np.frombuffer(slot, np.uint8) for _, slot in found])
+                yield np.array([row for row, _ in found], np.uint32), slots, dtype, geometry, tables
+
+
+class OnGpu:
+    """Decodes slots by the kernels' launch functions, every buffer between guards."""
+
+    def __init__(self):
+        self.device = Device(70_000)
+
+    def decode(self, rows, slots, dtype, geometry, tables, shift) -> tuple[np.ndarray, np.ndarray]:
+        """Return (bytes of the pages, status); ``shift``: from a multiple of 16, of the pages' addresses."""
+        device, num, apart = self.device, len(rows), -(-geometry.nbytes // 16) * 16 + 32
+        blank, inputs = np.full((num, apart), GUARD, np.uint8), (slots, rows, kv.entropy_tables(tables))
+        with device.stream:
+            pages_memory, pages = device.guarded(blank)
+            status_memory, status = device.guarded(np.full(num, 77, np.uint32))
+            memory = [device.guarded(each) for each in inputs]
+            slots_ptr, rows_ptr, tables_ptr = (view.data.ptr for _, view in memory)
+            starts = np.array([[slots_ptr], [pages.data.ptr + shift]], np.uint64)
+            steps = np.array([[slots.shape[1]], [apart]], np.uint64)
+            addresses = device.cupy.asarray(starts + np.arange(num, dtype=np.uint64) * steps)
+            arguments = (
+                addresses[0].data.ptr,
+                rows_ptr,
+                addresses[1].data.ptr,
+                status.data.ptr,
+                num,
+                dtype,
+                geometry,
+            )
+            kv.decode(*arguments, aligned=shift % 4 == 0, blocks=64)  # so that each block takes several pages
+            kv.decode_entropy(*arguments, tables, tables_ptr, aligned=shift % 4 == 0, blocks=64)
+            for (buffer, _), each in zip(memory, inputs, strict=True):
+                assert device.unguarded(buffer, each.nbytes).tobytes() == each.tobytes(), "an input was changed"
+            after = device.unguarded(pages_memory, blank.nbytes).reshape(blank.shape)
+            inside = np.zeros(apart, bool)
+            inside[shift : shift + geometry.nbytes] = True
+            assert (after[:, ~inside] == GUARD).all(), "bytes written between pages"
+            return after[:, inside], device.unguarded(status_memory, 4 * num).view(np.uint32)
+
+
+def test_the_comparison_with_kernels_fails():
+    """A decoder that is the reference passes; one wrong status, value or byte written does not."""
+    verdicts = []
+    for rows, slots, dtype, geometry, tables in batches(seed=0, count=600):
+        verdicts = [
+            verdict(row, slot.tobytes(), dtype, geometry, tables) for row, slot in zip(rows, slots, strict=True)
+        ]
+        pages = np.full((len(rows), geometry.nbytes), GUARD, np.uint8)
+        for page, right in zip(pages, verdicts, strict=True):
+            page[:] = GUARD if right is None else right.view(np.uint8).ravel()
+        status = np.array([page is None for page in verdicts], np.uint32)
+        compare(verdicts, pages, status, rows)
+        refused = [i for i in np.flatnonzero(status) if rows[i, 0] >> 20 & 15 != 2]
+        for i, changes in ((np.flatnonzero(status == 0)[0], (pages, status)), (refused[0], (pages, status))):
+            for array in changes:
+                array[i] ^= 1
+                with pytest.raises(AssertionError):
+                    compare(verdicts, pages, status, rows)
+                array[i] ^= 1
+
+
+@pytest.mark.gpu
+def test_kernels_on_mutated_pages():
+    """10,000 rows and payloads, or CUSZP_FUZZ_CASES: the reference's verdict, and not a byte elsewhere."""
+    gpu, seen = OnGpu(), np.zeros(2, int)
+    for i, (rows, slots, dtype, geometry, tables) in enumerate(batches(seed=1, count=CASES or 10_000)):
+        pages, status = gpu.decode(rows, slots, dtype, geometry, tables, shift=2 * (i % 2))
+        verdicts = [
+            verdict(row, slot.tobytes(), dtype, geometry, tables) for row, slot in zip(rows, slots, strict=True)
+        ]
+        compare(verdicts, pages, status, rows)
+        seen += (status == 0).sum(), (status != 0).sum()
+    print(f"{seen.sum()} pages: {seen[0]} decoded, {seen[1]} refused")
+    assert seen.min() > seen.sum() / 20
+
+
+@pytest.mark.gpu
+def test_kernels_on_mutated_streams():
+    """2,000 streams, or a fifth of CUSZP_FUZZ_CASES: status or the reference's values; guards hold."""
+    device, seen = Device(70_000), np.zeros(2, int)
+    for number in range(CASES // 5 or 2000):
+        case = fuzz.mutated_stream(2, number)
+        n, dtype, eb, mode = case.arguments
+        values, status = device.decompress(case.data, n, dtype, eb, mode)
+        area = case.data[: rate_bytes(n)]
+        sizes = [payload_bytes(mode, rate) for rate in area[: -(-n // 32)]]
+        legal = len(area) == rate_bytes(n) and None not in sizes and not any(area[-(-n // 32) :])
+        size = len(area) + sum(sizes) if legal else 0
+        assert (status == 0) == (legal and size <= len(case.data)), f"stream {number}"
+        if status == 0:  # the kernel is given a capacity, the reference a stream
+            assert values.tobytes() == decompress(case.data[:size], n, dtype, eb, mode).tobytes(), (
+                f"stream {number}"
+            )
+        seen[status] += 1
+    print(f"{seen.sum()} streams: {seen[0]} decoded, {seen[1]} refused")
+    assert seen.min() > seen.sum() / 20
