@@ -124,10 +124,12 @@ def serve_parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="N", type=_count, help="a set (default: 16 for a shape, else 100)")
     add("--sets", metavar="N", type=_count, default=2, help="of prompts, that evict each other (default: 2)")
     add("--prompt-file", metavar="FILE", type=_text, help="prompts as a JSON list of lists of token ids")
-    add("--new-tokens", metavar="N", type=_count, help="a request (default: 1 for a shape, else 16)")
+    add("--new-tokens", metavar="N,N", type=_counts,
+        help="a request, a pass for each (default: 1 for a shape, else 16)")  # fmt: skip
     add("--in-flight", metavar="N,N", type=_counts, default=(1, 4, 16),
         help="requests submitted at once, a pass for each (default: 1,4,16)")  # fmt: skip
     add("--repeats", metavar="N", type=_count, help="of each pass (default: 3, quick: 1)")
+    add("--no-recompute", action="store_true", help="leave out the run without offloading")
     add(
         "--gpu-tokens", metavar="N", type=_count, help="size of the GPU's KV cache (default: a set and an eighth)"
     )
@@ -384,7 +386,7 @@ def serve_main(arguments: list[str]) -> int:
     if options.json:
         report.write_json(result, options.json)
     case, version = result["case"], result["variants"]["raw"]["vllm"]
-    title = f"vLLM {version}, {case['model']}, {options.coding}, {case['new_tokens']} new tokens"
+    title = f"vLLM {version}, {case['model']}, {options.coding}"
     if options.plot:
         report.plot_serve(result, title, options.plot)
     for table in report.serve_tables(result, f"{machine.title(described)}\n{title}"):
@@ -411,7 +413,8 @@ def serve_case(options: argparse.Namespace, folder: Path) -> serve.Case:
         prompt_tokens=tuple(options.prompt_tokens or [(8000, 8000) if shape else (512, 4096)]),
         prompts=max(1, prompts // 4) if options.quick else prompts, sets=options.sets,
         prompt_file=str(options.prompt_file) if options.prompt_file else None,
-        new_tokens=options.new_tokens or (1 if shape else 16), in_flight=options.in_flight,
+        new_tokens=options.new_tokens or ((1,) if shape else (16,)),
+        in_flight=options.in_flight, recompute=not options.no_recompute,
         repeats=options.repeats or (1 if options.quick else 3), gpu_tokens=options.gpu_tokens,
         cpu_gb=options.cpu_gb, beside=options.beside, beside_rate=options.beside_rate, logprobs=not shape,
         tensor_parallel=options.tensor_parallel,

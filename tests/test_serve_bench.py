@@ -55,8 +55,7 @@ def test_caches_are_sized_by_the_prompts(tmp_path):
     case = serve.sized(serve.Case(model))
     assert case.gpu_tokens == 144_032  # 9/8 of 16 x 8001, in blocks of 16
     assert 1.1 * 32 * 8001 * 131072 / 2**30 <= case.cpu_gb <= 36
-    assert serve.sized(case) == case and case.in_flight == (1, 4, 16)
-    assert serve.sized(serve.Case(model, prompts=4)).in_flight == (1, 4)  # 16 are never in flight at once
+    assert serve.sized(case) == case
     with pytest.raises(
         ValueError, match="holds 300000 tokens, and all sets of a range only 256032: nothing would"
     ):
@@ -67,6 +66,12 @@ def test_caches_are_sized_by_the_prompts(tmp_path):
     with pytest.raises(ValueError, match="config.json has no 'num_attention_heads'"):
         serve.sized(serve.Case(model))
     assert serve.sized(serve.Case(model, cpu_gb=5)).cpu_gb == 5
+
+
+def test_no_more_are_in_flight_than_a_set_has():
+    case = serve.Case("", in_flight=(1, 4, 16), new_tokens=(1, 32))
+    assert serve.passes(case, [[[1]] * 4] * 2) == [(1, 1), (1, 4), (32, 1), (32, 4)]
+    assert len(serve.passes(case, [[[1]] * 40] * 2)) == 6
 
 
 def test_kv_bytes_follow_the_config():
@@ -119,6 +124,59 @@ def test_a_round_times_batches_of_the_asked_size():
     assert one["cached_share"] == [0.8] * 5 and one["seconds"] > 0
 
 
+class LLM:
+    """Answers with the numbers of the prompts' first tokens."""
+
+    def __init__(self, **arguments):
+        self.arguments = arguments
+
+    def generate(self, requests, params, use_tqdm):
+        prompts = [request["prompt_token_ids"] for request in requests]
+        return [output([prompt[0] + i for i in range(params["max_tokens"])]) for prompt in prompts]
+
+    def apply_model(self, function):
+        LLM.applied = function.__module__, function.__name__
+
+
+@pytest.mark.parametrize("processes", ["one", "spawn"])
+@pytest.mark.parametrize("variant", ["recompute", "raw", "rms:0.05"])
+def test_a_variant_measures_each_pass_and_records_the_longest_answers(tmp_path, monkeypatch, variant, processes):
+    vllm = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options, __version__="0.33.0")
+    configured, watched, stats = [], [], {"pipelines": ["a pipeline"]}
+    patch = types.SimpleNamespace(stats=lambda: [stats], configure=lambda **settings: configured.append(settings))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    if variant == "rms:0.05":
+        monkeypatch.setitem(sys.modules, "vllm_patch", patch)
+        (tmp_path / "cuszp-7.json").write_text(json.dumps(stats))
+    else:
+        monkeypatch.delitem(sys.modules, "vllm_patch", raising=False)
+    monkeypatch.setattr(serve, "_watch", watched.append)
+    monkeypatch.setattr(serve.time, "sleep", lambda seconds: None)
+    case = serve.sized(serve.Case(
+        serve.write_shape(tmp_path / "model"), dummy=True, fill=True, prompt_tokens=((30, 30), (50, 50)),
+        prompts=3, new_tokens=(2, 1), in_flight=(1, 3), repeats=2, processes=processes,
+        settings={"coding": "entropy"},
+    ))  # fmt: skip
+    arguments = {"case": serve.asdict(case), "variant": variant, "stats_dir": str(tmp_path)}
+    (tmp_path / "case.json").write_text(json.dumps(arguments))
+    serve.main(str(tmp_path / "case.json"), str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    rows = serve.summary(result)
+    repeats = 1 if variant == "recompute" else 2
+    assert [
+        (row["prompt_tokens"], row["new_tokens"], row["in_flight"]) for row in rows if row["what"] == "restored"
+    ] == [(tokens, new, n) for tokens in ("30", "50") for new in (2, 1) for n in (1, 3)]
+    assert {row["requests"] for row in rows if row["what"] == "restored"} == {10 * repeats, 6 * repeats}
+    first = serve.prompts(case)["50"][1][2][0]
+    assert result["restored"]["50/1/2"]["tokens"] == [first, first + 1] and len(result["restored"]) == 16
+    assert LLM.applied == ("cuszp_cupy.evaluation.serve", "fill_kv")
+    assert len(watched) == (processes == "one" and variant != "recompute")
+    ours = variant == "rms:0.05"
+    assert result["stats"] == [stats] * ours and result["vllm"] == "0.33.0"
+    expected = {"bound": variant, "stats_dir": str(tmp_path), "coding": "entropy"}
+    assert configured == [expected] * ours
+
+
 class Engine:
     """Decodes a token a step for each request, and finishes a restored one in its second step."""
 
@@ -166,7 +224,7 @@ def test_decoding_is_timed_alone_and_beside_restores(monkeypatch, rate, expected
 
 
 def test_summary_counts_requests_a_second_and_percentiles():
-    one = {"prompt_tokens": "8", "what": "restored", "in_flight": 4, "requests": 4}
+    one = {"prompt_tokens": "8", "new_tokens": 1, "what": "restored", "in_flight": 4, "requests": 4}
     rounds = [
         one | {"seconds": 2.0, "first_token_ms": [1, 2, 3, 4], "cached_share": [1, 1, 1, 0]},
         one | {"seconds": 1.0, "first_token_ms": [5, 6, 7, 8], "cached_share": [1] * 4},
@@ -239,13 +297,14 @@ def canned(case, variant, timeout=None):
     groups, speed, rounds, restored = serve.prompts(case), SPEED[variant], [], {}
     for label, group in groups.items():
         for number, some in enumerate(group):
-            for in_flight in (*case.in_flight, None):
-                n = in_flight or len(some)
+            passes = [("first", len(some), case.new_tokens[0])]
+            passes += [("restored", n, new) for new, n in serve.passes(case, group)]
+            for what, n, new in passes:
                 rounds.append({
-                    "prompt_tokens": label, "what": "restored" if in_flight else "first", "in_flight": n,
-                    "requests": len(some), "seconds": len(some) / speed / n**0.5, "set": number,
+                    "prompt_tokens": label, "new_tokens": new, "what": what, "in_flight": n, "set": number,
+                    "requests": len(some), "seconds": new * len(some) / speed / n**0.5,
                     "first_token_ms": [100 / speed * n**0.5 * (1 + i / 20) for i in range(len(some))],
-                    "cached_share": [0.99 if in_flight else 0.0] * len(some),
+                    "cached_share": [0.99 if what == "restored" else 0.0] * len(some),
                 })  # fmt: skip
             for i in range(len(some)):
                 tokens = [1, 2, 3 if variant in ("recompute", "raw") else 4]
@@ -296,12 +355,19 @@ def test_the_command_shows_what_the_comparison_is_for(present, capsys):
         "--bound",
         "rms:0.05/rms:0.1",
     ]
-    assert bench.main([*ARGUMENTS, *more, "--beside", "5", "--fill", "--coding", "entropy"]) == 0
+    assert (
+        bench.main([*ARGUMENTS, *more, "--beside", "5", "--fill", "--coding", "entropy", "--new-tokens", "1,4"])
+        == 0
+    )
     shown = capsys.readouterr()
-    assert "vLLM, rms:0.05/rms:0.1" in shown.err and "vLLM 0.33.0, llama-1b, entropy, 1 new tokens" in shown.out
-    over = "rms:0.05, times raw: restored requests/s 2.00 (40 tokens, 1 in flight), 2.00 (40 tokens, 2 in flight)"
-    assert over in shown.out
-    assert "; loads 2.00; stores 2.00; decoded tokens/s 0.99" in shown.out
+    assert "vLLM, rms:0.05/rms:0.1" in shown.err and "vLLM 0.33.0, llama-1b, entropy" in shown.out
+    text = " ".join(shown.out.split())
+    over = (
+        "2.00 (40 + 1 tokens, 1 in flight), 2.00 (40 + 1 tokens, 2 in flight), 2.00 (40 + 4 tokens, 1 in flight)"
+    )
+    assert f"rms:0.05, times raw: restored requests/s {over}" in text
+    assert "2.00 (10-30 + 4 tokens, 2 in flight)" in text
+    assert "; loads 2.00; stores 2.00; decoded tokens/s 0.99" in text
     assert "passed through: 7 descriptors, 7.0 MB: no whole page" in shown.out
     assert "not representative of a trained model; K and V are scaled by channel" in shown.out
     assert "PROBLEM" not in shown.out and "verify" not in shown.out
@@ -318,7 +384,7 @@ def test_tables_hold_the_numbers_of_the_result(tmp_path):
         for table in report.serve_tables(result, "the title"):
             console.print(table)
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
-    assert "40 restored rms:0.05 2 4 11.31 0.0 2.00 18.1 18.6 18.6 99%" in lines  # 8 x sqrt 2 requests/s
+    assert "40 restored rms:0.05 1 2 4 11.31 0.0 2.00 18.1 18.6 18.6 99%" in lines  # 8 x sqrt 2 requests/s
     assert "load raw 3 3.0 48.0 1.00 2 2000 48.0 0.0 1.00" in lines
     assert "load rms:0.05 3 3.0 96.0 2.00 2 2000 96.0 0.0 2.00" in lines
     assert "rms:0.05 0 3000 9000 0.20 0.08 0.59 0.23 2.65 2 1 0 9000 90 0.9980" in lines
@@ -342,6 +408,12 @@ def test_json_holds_no_path_of_the_machine(present, tmp_path):
     assert result["variants"]["raw"]["vllm"] == "0.33.0" and "vllm" in result["machine"]["versions"]
     assert result["parameters"] == {"quick": False, "bounds": ["rms:0.05"], "coding": "fixed"}
     assert {row["variant"] for row in result["rows"]} == {"recompute", "raw", "rms:0.05"}
+    assert {(row["variant"], row["against"]) for row in result["agreement"]} == {
+        ("raw", "recompute"), ("rms:0.05", "recompute"), ("rms:0.05", "raw")
+    }  # fmt: skip
+    assert bench.main(["serve", model, "--prompts", "2", "--no-recompute", *files]) == 0
+    result = json.loads(out.read_text())
+    assert list(result["variants"]) == ["raw", "rms:0.05"] and len(result["agreement"]) == 1
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -376,7 +448,7 @@ def case_of(tmp_path, *arguments):
 def test_defaults_are_of_the_shape_or_of_a_small_model(tmp_path):
     shape = case_of(tmp_path, "--shape", "llama-8b")
     assert shape.dummy and not shape.logprobs and shape.processes == "one"
-    assert (shape.prompt_tokens, shape.prompts, shape.new_tokens) == (((8000, 8000),), 16, 1)
+    assert (shape.prompt_tokens, shape.prompts, shape.new_tokens) == (((8000, 8000),), 16, (1,))
     assert (shape.in_flight, shape.repeats, shape.settings) == ((1, 4, 16), 3, {"coding": "fixed"})
     quick = case_of(tmp_path, "--shape", "llama-8b", "--quick", "--layers", "4", "--verify", "--in-flight", "8")
     assert (quick.prompts, quick.repeats, quick.in_flight) == (4, 1, (8,)) and quick.settings["verify"] == 0.01
@@ -386,7 +458,7 @@ def test_defaults_are_of_the_shape_or_of_a_small_model(tmp_path):
     assert (
         not real.dummy and real.logprobs and real.processes == "spawn" and real.settings["transport"] == "fused"
     )
-    assert (real.prompt_tokens, real.prompts, real.new_tokens) == (((512, 4096),), 100, 16)
+    assert (real.prompt_tokens, real.prompts, real.new_tokens) == (((512, 4096),), 100, (16,))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from cuszp_cupy.evaluation.serve import DECODERS, LARGE
+from cuszp_cupy.evaluation.serve import DECODERS, LARGE, PASS
 
 CODEC_CAPTION = (
     "GB/s: 1e9 raw (uncompressed) bytes a second, ± half the interquartile range. of copy: bytes read and "
@@ -231,12 +231,12 @@ def serve_tables(result: dict, title: str) -> list[Table]:
 
 
 def _serve_rows(rows: list[dict], title: str) -> Table:
-    numbers = ("in\nflight", "requests", "requests\n/s", "± %", "x raw", "to first\ntoken p50", "p90", "p99\nms",
-               "cached")  # fmt: skip
+    numbers = ("new\ntokens", "in\nflight", "requests", "requests\n/s", "± %", "x raw", "to first\ntoken p50",
+               "p90", "p99\nms", "cached")  # fmt: skip
     table = _table(title, SERVE_CAPTION, (), ("prompt\ntokens", "what", "variant"), numbers)
 
     def case(row):
-        return row["prompt_tokens"], row["what"], row["in_flight"]
+        return row["what"], *(row[key] for key in PASS)
 
     raw = {case(row): row["requests_per_s"] for row in rows if row["variant"] == "raw"}
     previous = None
@@ -252,7 +252,10 @@ def _serve_rows(rows: list[dict], title: str) -> Table:
             )  # fmt: skip
             values = row | {"x": row["requests_per_s"] / raw[one]}
             cells = [_show(values[key], pattern) for key, pattern in numbers]
-            table.add_row(*one[:2], row["variant"], str(one[2]), str(row["requests"]), *cells)
+            what, prompt_tokens, new_tokens, in_flight = map(str, one)
+            table.add_row(
+                prompt_tokens, what, row["variant"], new_tokens, in_flight, str(row["requests"]), *cells
+            )
     return table
 
 
@@ -329,7 +332,7 @@ def serve_lines(result: dict) -> list[str]:
     lines = []
     for name, over in result["over_raw"].items():
         requests = ", ".join(
-            f"{one['times']:.2f} ({one['prompt_tokens']} tokens, {one['in_flight']} in flight)"
+            "{times:.2f} ({prompt_tokens} + {new_tokens} tokens, {in_flight} in flight)".format(**one)
             for one in over["restored_requests"]
         )
         speeds = (("loads", "large_load"), ("stores", "large_store"), ("decoded tokens/s", "decoded_tokens"))
@@ -474,17 +477,18 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
 
 
 def plot_serve(result: dict, title: str, path: str | Path) -> None:
-    """Draw, for each length of prompts, requests/s and the time to the first token of restored requests."""
+    """Draw restored requests/s and their time to the first token, for each length of prompts and answers."""
     plt = pyplot()
     rows = [row for row in result["rows"] if row["what"] == "restored"]
-    lengths = list(dict.fromkeys(row["prompt_tokens"] for row in rows))
+    lengths = list(dict.fromkeys((row["prompt_tokens"], row["new_tokens"]) for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    flights = sorted({row["in_flight"] for row in rows})
     size = (max(7.5, 4.2 * len(lengths)), 7)
     figure, axes = plt.subplots(2, len(lengths), figsize=size, layout="constrained", squeeze=False)
-    for (above, below), length in zip(axes.T, lengths, strict=True):
+    for (above, below), (prompt, new) in zip(axes.T, lengths, strict=True):
+        here = [row for row in rows if (row["prompt_tokens"], row["new_tokens"]) == (prompt, new)]
+        flights = sorted({row["in_flight"] for row in here})
         for i, variant in enumerate(variants):
-            own = {r["in_flight"]: r for r in rows if (r["prompt_tokens"], r["variant"]) == (length, variant)}
+            own = {row["in_flight"]: row for row in here if row["variant"] == variant}
             style = {"color": "black" if variant == "raw" else "grey" if variant == "recompute" else f"C{i}"}
             label = variant if variant in ("raw", "recompute") else f"compressed, {variant}"
             rates = [own[n]["requests_per_s"] for n in flights]
@@ -499,7 +503,7 @@ def plot_serve(result: dict, title: str, path: str | Path) -> None:
             axis.set_xticks(range(len(flights)), map(str, flights))
             axis.set(xlabel="requests in flight", ylim=(0, None))
             axis.grid(True, axis="y", alpha=0.3)
-        above.set_title(f"prompts of {length} tokens", fontsize=10)
+        above.set_title(f"prompts of {prompt} tokens, {new} new", fontsize=10)
     axes[0][0].set_ylabel("restored requests a second")
     axes[1][0].set_ylabel("to the first token, ms: p50, whisker p90")
     axes[0][0].legend(fontsize=8)

@@ -37,6 +37,7 @@ LLAMA_1B = LLAMA_8B | {  # 16 layers, 8 KV heads of 64
 }  # fmt: skip
 SHAPES = {"llama-8b": LLAMA_8B, "llama-1b": LLAMA_1B}
 FIRST_LOGPROBS = 100  # most likely first tokens that distributions are compared on
+PASS = ("prompt_tokens", "new_tokens", "in_flight")  # what sets apart passes over the same prompts
 DECODERS = 4  # requests that decode beside restores
 LARGE = 50e6  # bytes of a transfer whose speed is that of the link, not of its start
 
@@ -52,8 +53,8 @@ class Case:
             their own.
         prompts: in a set; of shorter ranges as many more as make as many tokens.    sets: that evict each other.
         prompt_file: JSON list of prompts as token ids, at least sets x prompts; random tokens when None.
-        new_tokens: of each request.    in_flight: requests submitted at once; each in a pass of its own.
-        repeats: restored rounds for each.
+        new_tokens: of each request.    in_flight: requests submitted at once; each of both in a pass of its own.
+        repeats: restored rounds for each.    recompute: run without offloading too, one round.
         gpu_tokens: size of the GPU's cache.    cpu_gb: of the CPU's, GiB. None: as the prompts need (``sized``).
         beside: seconds of decoding alone, then of restores beside it; 0: none.
         beside_rate: restores a second beside it; None: two at any time, so that a faster link does more of them.
@@ -68,9 +69,10 @@ class Case:
     prompts: int = 16
     sets: int = 2
     prompt_file: str | None = None
-    new_tokens: int = 1
+    new_tokens: tuple[int, ...] = (1,)
     in_flight: tuple[int, ...] = (1, 4, 16)
     repeats: int = 3
+    recompute: bool = True
     gpu_tokens: int | None = None
     cpu_gb: float | None = None
     beside: float = 0.0
@@ -108,8 +110,6 @@ def missing() -> str | None:
 def sized(case: Case) -> Case:
     """Return ``case`` with the sizes of the caches: the GPU's holds a set and an eighth, the CPU's all sets.
 
-    What is to be in flight at once is at most a set.
-
     Raises:
         ValueError: prompts that evict nothing or do not fit, or a config.json that does not tell the size of KV.
     """
@@ -117,12 +117,8 @@ def sized(case: Case) -> Case:
     largest = max(_tokens(some, case) for group in sets.values() for some in group)
     most = max(sum(_tokens(some, case) for some in group) for group in sets.values())
     least = min(sum(_tokens(some, case) for some in group) for group in sets.values())
-    fewest = min(len(some) for group in sets.values() for some in group)
-    case = replace(
-        case, gpu_tokens=case.gpu_tokens or math.ceil(largest * 9 / 8 / 16) * 16,
-        in_flight=tuple(dict.fromkeys(min(n, fewest) for n in case.in_flight)),
-    )  # fmt: skip
-    if _longest(sets) + case.new_tokens > case.gpu_tokens:
+    case = replace(case, gpu_tokens=case.gpu_tokens or math.ceil(largest * 9 / 8 / 16) * 16)
+    if _longest(sets) + max(case.new_tokens) > case.gpu_tokens:
         raise ValueError(f"a GPU cache of {case.gpu_tokens} tokens: the longest prompt has {_longest(sets)}")
     if least <= case.gpu_tokens:
         raise ValueError(
@@ -136,7 +132,7 @@ def sized(case: Case) -> Case:
 
 
 def _tokens(some, case: Case) -> int:
-    return sum(len(prompt) + case.new_tokens for prompt in some)
+    return sum(len(prompt) + max(case.new_tokens) for prompt in some)
 
 
 def _longest(sets) -> int:
@@ -166,7 +162,7 @@ def serve(case: Case, bounds=("rms:0.05",), step=lambda text: None, timeout: flo
         ValueError: as from ``sized``.
     """
     case, variants = sized(case), {}
-    for name in ("recompute", "raw", *bounds):
+    for name in (*(["recompute"] if case.recompute else []), "raw", *bounds):
         step(f"vLLM, {name}")
         variants[name] = _run(case, name, timeout)
     return result_of(case, variants)
@@ -195,7 +191,8 @@ def result_of(case: Case, variants: dict[str, dict]) -> dict:
         "case": described(case), "rows": rows,
         "agreement": [
             {"variant": name, "against": against} | compare(variants[against], variants[name])
-            for against in ("recompute", "raw") for name in variants if name not in ("recompute", against)
+            for against in ("recompute", "raw") if against in variants
+            for name in variants if name not in ("recompute", against)
         ],
         "notes": notes, "problems": problems,
         "variants": {name: {key: result[key] for key in kept} for name, result in variants.items()},
@@ -237,17 +234,13 @@ def _problems(case: Case, stats: list[dict]) -> list[str]:
 def over_raw(result: dict, bound: str) -> dict:
     """Return how many times raw's speeds those of ``bound`` are: what the comparison is made for."""
 
-    def rate(variant):
+    def rates(variant):
         restored = (row for row in result["rows"] if row["variant"] == variant and row["what"] == "restored")
-        return {(row["prompt_tokens"], row["in_flight"]): row["requests_per_s"] for row in restored}
+        return {tuple(row[key] for key in PASS): row["requests_per_s"] for row in restored}
 
-    ours, raws = rate(bound), rate("raw")
-    found = {
-        "restored_requests": [
-            {"prompt_tokens": tokens, "in_flight": in_flight, "times": ours[tokens, in_flight] / raw}
-            for (tokens, in_flight), raw in raws.items()
-        ]
-    }
+    ours = rates(bound)
+    times = [dict(zip(PASS, one, strict=True)) | {"times": ours[one] / raw} for one, raw in rates("raw").items()]
+    found = {"restored_requests": times}
     both = [result["variants"][name] for name in (bound, "raw")]
     for way in ("load", "store"):
         found[way] = _over(*(one["transfers"][way]["gbps"] for one in both))
@@ -293,15 +286,16 @@ def summary(result: dict) -> list[dict]:
     """
     rows, kinds = [], {}
     for one in result["rounds"]:
-        kinds.setdefault((one["prompt_tokens"], one["what"], one["in_flight"]), []).append(one)
-    for (tokens, what, in_flight), rounds in kinds.items():
+        kinds.setdefault((one["what"], *(one[key] for key in PASS)), []).append(one)
+    for (what, *one), rounds in kinds.items():
         first = np.concatenate([one["first_token_ms"] for one in rounds])
         requests, seconds = sum(one["requests"] for one in rounds), sum(one["seconds"] for one in rounds)
         percentiles = dict(zip(("p50", "p90", "p99"), np.percentile(first, (50, 90, 99)).tolist(), strict=True))
         rates = [one["requests"] / one["seconds"] for one in rounds]
         spread = timing.summary(rates).spread_percent if len(rates) > 1 else None
         rows.append(
-            {"prompt_tokens": tokens, "what": what, "in_flight": in_flight, "requests": requests}
+            dict(zip(PASS, one, strict=True))
+            | {"what": what, "requests": requests}
             | {"requests_per_s": requests / seconds, "spread_percent": spread}
             | {f"first_token_ms_{name}": value for name, value in percentiles.items()}
             | {"cached_share": float(np.mean([share for one in rounds for share in one["cached_share"]]))}
@@ -370,27 +364,34 @@ def main(arguments: str, result: str) -> None:
 
         llm.apply_model(serve.fill_kv)
     start_s = time.perf_counter() - began
-    params = SamplingParams(
-        max_tokens=case.new_tokens, temperature=0, detokenize=False, ignore_eos=True,
-        logprobs=FIRST_LOGPROBS if case.logprobs else None,
-    )  # fmt: skip
-    rounds, restored = [], {}
+    params = {
+        n: SamplingParams(
+            max_tokens=n, temperature=0, detokenize=False, ignore_eos=True,
+            logprobs=FIRST_LOGPROBS if case.logprobs else None,
+        ) for n in case.new_tokens
+    }  # fmt: skip
+    rounds, restored, most = [], {}, max(case.new_tokens)
     for label, group in sets.items():
+
+        def measure(what, number, in_flight, new_tokens, group=group, label=label):
+            one, outputs = _round(llm, params[new_tokens], group[number], in_flight, what, number)
+            rounds.append(one | {"prompt_tokens": label, "new_tokens": new_tokens})
+            return outputs
+
         for number, some in enumerate(group):
-            rounds.append(_round(llm, params, some, len(some), "first", number)[0] | {"prompt_tokens": label})
-        for in_flight in case.in_flight:
+            measure("first", number, len(some), case.new_tokens[0])
+        for new_tokens, in_flight in passes(case, group):
             for _ in range(1 if variant == "recompute" else case.repeats):
-                for number, some in enumerate(group):
-                    one, outputs = _round(llm, params, some, in_flight, "restored", number)
-                    rounds.append(one | {"prompt_tokens": label})
-                    for i, output in enumerate(outputs):
+                for number in range(len(group)):
+                    outputs = measure("restored", number, in_flight, new_tokens)
+                    for i, output in enumerate(outputs if new_tokens == most else []):
                         restored.setdefault(f"{label}/{number}/{i}", _record(output))
     beside = _beside(llm, max(sets.values(), key=_mean), case) if case.beside else None
     if case.processes == "one" and case.tensor_parallel == 1:
         written = sys.modules["vllm_patch"].stats() if "vllm_patch" in sys.modules else []
     else:
         time.sleep(1.2)  # workers write once a second, at the end of a step: let one more end
-        llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}], params[most], use_tqdm=False)
         written = [json.loads(path.read_text()) for path in sorted(Path(given["stats_dir"]).glob("cuszp-*.json"))]
     Path(result).write_text(
         json.dumps({
@@ -432,7 +433,7 @@ def kv_scales(layer: int, num_layers: int, heads: int, head_size: int) -> np.nda
 
 def llm_arguments(case: Case, variant: str, longest: int) -> dict:
     """Return the arguments of ``vllm.LLM``; ``longest``: tokens of a prompt."""
-    longest += case.new_tokens + 16
+    longest += max(case.new_tokens) + 16
     arguments = dict(
         model=case.model, load_format="dummy" if case.dummy else "auto", skip_tokenizer_init=True,
         enforce_eager=True, attention_backend="FLASH_ATTN", dtype="bfloat16", max_model_len=longest,
@@ -464,6 +465,12 @@ def prompts(case: Case) -> dict[str, list[list[list[int]]]]:
         lengths = rng.integers(low, high + 1, case.sets * round(case.prompts * longest / (low + high)))
         groups[_label(low, high)] = _split([rng.integers(10, vocabulary, n).tolist() for n in lengths], case.sets)
     return groups
+
+
+def passes(case: Case, group) -> list[tuple[int, int]]:
+    """Return (new tokens, in flight) of each pass over the sets of a range; no more in flight than in a set."""
+    at_once = dict.fromkeys(min(n, len(group[0])) for n in case.in_flight)
+    return [(new_tokens, n) for new_tokens in case.new_tokens for n in at_once]
 
 
 def _label(low: int, high: int) -> str:
