@@ -26,6 +26,7 @@ import mmap
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cuszp_cupy import offload
@@ -412,12 +413,13 @@ def _bind(connector, kinds) -> None:
     ours = offload.Worker(
         runs, settings, torch.cuda.current_stream, device, raw_tensors=raw, version=_installed or ""
     )
-    ours.only_fused = len(getattr(region, "pinned_addresses", None) or ()) > 1
+    separate = len(getattr(region, "pinned_addresses", None) or ()) > 1  # vLLM pinned each row by itself
     with device():
         for run in runs:
             run.pipeline = SwapPipeline(
                 run.kind.geometry, run.kind.dtype, run.bound, settings.coding, num_slots=run.num_slots,
-                transport=settings.transport, host=run.host, ring_bytes=(settings.ring_mb << 20) // len(runs),
+                transport=settings.transport, host=replace(run.host, separate=separate),
+                ring_bytes=(settings.ring_mb << 20) // len(runs),
             )  # fmt: skip
             run.warm()
             if settings.verify:
@@ -425,7 +427,7 @@ def _bind(connector, kinds) -> None:
     _log.info(
         "cuszp_cupy in vLLM %s: %s; coding %s, transport %s, ring %d MiB%s%s",
         _installed, " | ".join(run.describe() for run in runs), settings.coding,
-        "fused (memory pinned in pieces)" if ours.only_fused else settings.transport, settings.ring_mb,
+        settings.transport + (" (rows pinned one by one)" if separate else ""), settings.ring_mb,
         ", verify" if settings.verify else "",
         "".join(f"; {number} tensors left raw: {reason}" for reason, number in raw.items()),
     )  # fmt: skip

@@ -460,7 +460,6 @@ class Worker:
     Args:
         runs: with their pipelines.    settings: in force.
         current_stream: returns torch's.    device: context in which CuPy's device is the worker's.
-        only_fused: vLLM pinned the memory in pieces, so that no copy may go from row to row.
         version: of vLLM.    storing: stores are compressed.    raw_tensors: from ``plan``.
     """
 
@@ -468,7 +467,6 @@ class Worker:
     settings: Settings
     current_stream: object
     device: object = contextlib.nullcontext
-    only_fused: bool = False
     version: str = ""
     storing: bool = True
     raw_tensors: Counter = field(default_factory=Counter)
@@ -519,7 +517,7 @@ class Worker:
         return np.zeros_like(whole)
 
     def _start(self, swap: Swap, run: Run, slots, pages, stream):
-        transport = "fused" if self.only_fused else None
+        transport = None
         if swap.to_cpu:
             transfer = run.pipeline.store(pages, slots, stream, transport=transport, join=False)
             run.state[slots] = HELD

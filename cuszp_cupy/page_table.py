@@ -29,12 +29,14 @@ class HostRows:
         stride: bytes from row to row, a multiple of 16.
         pages_per_row: slots of a row.
         owner: kept alive with the pipeline.
+        separate: rows may be pinned one by one (registered apart), so that no copy may go from row to row.
     """
 
     pointer: int
     stride: int
     pages_per_row: int
     owner: object = None
+    separate: bool = False
 
 
 class PageTable:

@@ -444,7 +444,7 @@ class SwapPipeline:
                 self._kv_encode(at, 0, num, aligned, self.fused_blocks, lane.scratch)
                 raw_copy.publish(at["rows"], at["slots"], self._table_ptr, num)
             return
-        to_host, edges = runtime.memcpyDeviceToHost, runs(hosts, works, widths, bounds)
+        to_host, edges = runtime.memcpyDeviceToHost, self._runs(hosts, works, widths, bounds)
         with lane.codec:
             for buffer, lo, hi in zip(buffers, bounds[:-1], bounds[1:], strict=True):
                 page, end = int(first[lo]), int(first[hi])
@@ -470,7 +470,7 @@ class SwapPipeline:
             return
         pieces = hosts, pointers.astype(np.int64), np.full(len(hosts), self.page_bytes)
         with Stage(transfer, "store copy", lane.copy):
-            raw_copy.copies(*pieces, runs(*pieces), self._runtime.memcpyDeviceToHost, lane.copy.ptr)
+            raw_copy.copies(*pieces, self._runs(*pieces), self._runtime.memcpyDeviceToHost, lane.copy.ptr)
 
     def _finish_store(self, transfer) -> tuple[int, int]:
         """Learn where a finished store's pages lie; return payload and link bytes."""
@@ -562,7 +562,7 @@ class SwapPipeline:
                 np.full(num_copied, self.page_bytes),
             )
             with Stage(transfer, "load copy", lane.copy):
-                raw_copy.copies(*pieces, runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
+                raw_copy.copies(*pieces, self._runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
     def _spans(self, starts, lengths, units):
         rows = (self.table.base, self.table.rows.stride, units) if self.table.rows else ()
@@ -578,7 +578,7 @@ class SwapPipeline:
         counts = np.diff(first_page, append=starts.size)
         transfer._in_ring = starts + np.repeat(position - span_starts, counts)
         bounds = first_span.tolist()
-        edges = runs(position, span_starts, widths, bounds)
+        edges = self._runs(position, span_starts, widths, bounds)
         shortest = BATCH_SPAN_BYTES if raw_copy.has_batch() else SPAN_BYTES
         for tile, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             page, end = tile * self._tile_pages, min((tile + 1) * self._tile_pages, starts.size)
@@ -619,6 +619,12 @@ class SwapPipeline:
             at["payloads"] + 8 * page, at["rows"] + 16 * page, at["pages"] + 8 * page, status_ptr + 4 * page, num,
             aligned=aligned, blocks=blocks, scratch=scratch,
         )  # fmt: skip
+
+    def _runs(self, dst, src, width, bounds=()) -> np.ndarray:
+        """Return the edges of runs of copies that may go as one."""
+        if self.table.rows and self.table.rows.separate:
+            return np.arange(dst.size + 1)
+        return runs(dst, src, width, bounds)
 
     # --- order --------------------------------------------------------------------------------------------
     def _conflicts(self, lanes, units) -> set[int]:

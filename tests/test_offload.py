@@ -329,13 +329,10 @@ def test_the_callers_stream_waits_for_all_of_it():
     assert [call[3] for call in pipeline.calls] == [server.stream] * 2
 
 
-@pytest.mark.parametrize(
-    ("transport", "only_fused", "expected"),
-    [("staged", False, [None, None, "fused"]), ("raw", False, [None] * 3), ("staged", True, ["fused"] * 3)],
-)
-def test_urgent_loads_do_not_queue_behind_others(transport, only_fused, expected):
+@pytest.mark.parametrize(("transport", "expected"), [("staged", [None, None, "fused"]), ("raw", [None] * 3)])
+def test_urgent_loads_do_not_queue_behind_others(transport, expected):
     server = Server()
-    server.worker.settings, server.worker.only_fused = Settings(transport=transport), only_fused
+    server.worker.settings = Settings(transport=transport)
     urgent = Swap(server._copy, False)
     urgent.worker, urgent.urgent = server.worker, True
     gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))

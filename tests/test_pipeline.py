@@ -716,6 +716,34 @@ def test_cuda_graph(host):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["staged", "fused", "raw"])
+def test_rows_that_are_pinned_one_by_one(transport):
+    """Each row registered by itself: no copy may span two registrations."""
+    import cupy
+
+    runtime, stride = (
+        cupy.cuda.runtime,
+        4 * GEOMETRY.nbytes,
+    )  # whole system pages: registrations must not share one
+    memory = np.zeros(13 * stride, np.uint8)
+    base = -(-memory.ctypes.data // stride) * stride
+    for row in range(12):
+        runtime.hostRegister(base + row * stride, stride, 0)
+    try:
+        with make_pipeline(HostRows(base, stride, 4, memory, separate=True), transport=transport) as swap:
+            pages, slots = make_pages(48), np.arange(48)
+            swap.store(on_device(pages), slots).wait()
+            out = empty_pages(48)
+            for chosen in (slots, slots[5:30], slots[::3]):
+                swap.load(chosen, out[: len(chosen)]).wait()
+                expected = pages if transport == "raw" else through_reference(pages)
+                assert_same_bits(out[: len(chosen)].get(), expected[chosen])
+    finally:
+        for row in range(12):
+            runtime.hostUnregister(base + row * stride)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("transport", ["staged", "fused"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_coding_entropy(host, transport, monkeypatch):
