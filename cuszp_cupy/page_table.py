@@ -61,6 +61,7 @@ class PageTable:
         in_flight: Collection[int],
     ):
         self.memory, self.arena, self.base = memory, arena, base
+        self.known = np.zeros_like(memory)  # rows of KNOWN slots, where no stray write of the GPU gets at them
         self.num_slots, self.page_bytes, self.slot_bytes = len(memory), page_bytes, -(-page_bytes // 16) * 16
         self.rows, self.pages_per_row = rows, rows.pages_per_row if rows else 1
         self._most_pages, self._in_flight = most_pages, in_flight
@@ -156,6 +157,8 @@ class PageTable:
     def learn(self, slots, number: int, hosts, counts) -> tuple[np.ndarray, np.ndarray]:
         """Take note of the rows that store ``number`` has written; what its regions did not need is free.
 
+        A row whose payload would lie outside its region is damaged; it becomes 0, which every decoder refuses.
+
         Returns:
             (payload bytes of the slots that are still its own, bytes used of each region: up to the end of the
             last such payload)
@@ -168,6 +171,12 @@ class PageTable:
             mine, homes = mine[live], homes[live]
         at = index(mine)
         rows = np.take(self.memory, mine, axis=0)
+        room = np.repeat(counts, counts) * (self.slot_bytes // 16)
+        ends = rows[:, 3] + (rows[:, 1].astype(np.int64) + 15) // 16
+        damaged = (rows[:, 1] > self.page_bytes) | (ends > (room if every else room[live]))
+        if damaged.any():
+            rows[damaged], every = 0, False
+        self.known[at] = rows
         nbytes, place = rows[:, 1].astype(np.int64), 16 * rows[:, 3].astype(np.int64)
         kept = (nbytes + 15) & -16
         self.address[at], self.state[at], self._owner[at] = homes + place, KNOWN, 0

@@ -503,7 +503,7 @@ class SwapPipeline:
             return
         addresses, plan = self.table.address[index(slots)], []
         if num_known:
-            rows = np.take(self.table.memory, slots[:num_known], axis=0)
+            rows = np.take(self.table.known, slots[:num_known], axis=0)
             nbytes = rows[:, 1].astype(np.int64)
             lengths = (nbytes + 15) & -16
             transfer._payload_bytes += int(nbytes.sum()) + 16 * num_known

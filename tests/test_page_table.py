@@ -153,6 +153,50 @@ def test_rows_are_packed_as_a_whole_or_not_at_all():
     assert table.state[4:8].tolist() == [EMPTY] * 4 and table.state[9] == KNOWN
 
 
+#: word of the row and what it becomes: more bytes than a page, than memory; a place beyond the region; a lost row
+DAMAGED_ROWS = [
+    (1, PAGE_BYTES + 1),
+    (1, 2**32 - 1),
+    (3, 4 * SLOT_BYTES // 16),
+    (3, 2**32 - 1),
+    (slice(4), 0xFFFFFFFF),
+]
+
+
+@pytest.mark.parametrize(("word", "value"), DAMAGED_ROWS)
+def test_a_row_that_points_outside_its_region_is_refused(word, value):
+    """It becomes 0, which no decoder takes; the others of its region stay, and no byte is lost."""
+    table = make_table()
+    slots = np.array([3, 1, 5, 2])
+    order, first, hosts, _ = table.place(slots, alone=False)
+    assert first.tolist() == [0, 4]
+    table.expect(slots[order], 1, hosts, np.diff(first))
+    table.memory[slots, 0], table.memory[slots, 1], table.memory[slots, 3] = 7, 20, [0, 2, 4, 6]
+    table.memory[5, word] = value
+    nbytes, used = table.learn(slots, 1, hosts, np.diff(first))
+    assert nbytes.tolist() == [20, 20, 0, 20] and used.tolist() == [8 * 16]
+    assert table.known[slots, 0].tolist() == [7, 7, 0, 7] and not table.known[5].any()
+    assert (table.state[slots] == KNOWN).all() and BASE <= table.address[5] < BASE + 4 * SLOT_BYTES
+    assert table.arena.free_bytes == table.arena.nbytes - 3 * 32
+    table.forget(slots)
+    assert table.arena.free_bytes == table.arena.nbytes
+
+
+def test_what_is_known_does_not_depend_on_the_tables_memory():
+    """Kernels can write to it, those of others too; what the host has learnt is kept elsewhere."""
+    table = make_table()
+    slots = np.arange(3)
+    _, first, hosts, _ = table.place(slots, alone=False)
+    table.expect(slots, 1, hosts, np.diff(first))
+    table.memory[slots] = [[7, 20, 9, 0], [8, 30, 9, 2], [9, 40, 9, 4]]
+    table.learn(slots, 1, hosts, np.diff(first))
+    known, address = table.known.copy(), table.address.copy()
+    table.memory[:] = 0xFFFFFFFF
+    np.testing.assert_array_equal(table.known, known)
+    np.testing.assert_array_equal(table.address, address)
+    assert known[slots, 1].tolist() == [20, 30, 40]
+
+
 def test_prepared_slots_are_held():
     table = make_table(HostRows(BASE, 1024, 4))
     table.hold(np.array([5]))
