@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -519,9 +520,8 @@ class Worker:
     def _start(self, swap: Swap, run: Run, slots, pages, stream):
         transport = None
         if swap.to_cpu:
-            transfer = run.pipeline.store(pages, slots, stream, transport=transport, join=False)
-            run.state[slots] = HELD
-            return transfer
+            run.state[slots] = HELD  # even if this fails: what vLLM had stored there may be overwritten in part
+            return run.pipeline.store(pages, slots, stream, transport=transport, join=False)
         if swap.urgent and self.settings.transport in ("auto", "staged"):
             transport = "fused"  # has streams of its own, behind no bulk of loads
         transfer = run.pipeline.load(slots, pages, stream, transport=transport, join=False)
@@ -560,12 +560,16 @@ class Worker:
             )
 
     def report(self) -> None:
-        """Write ``stats`` to the folder of the settings, once a second at most."""
+        """Write ``stats`` to the folder of the settings, once a second at most; warn once where that fails."""
         if self.settings.stats_dir and time.monotonic() - self._reported > 1:
             self._reported = time.monotonic()
             path = Path(self.settings.stats_dir) / f"cuszp-{os.getpid()}.json"
-            path.with_suffix(".new").write_text(json.dumps(self.stats()), encoding="utf-8")
-            path.with_suffix(".new").replace(path)  # whole, whenever it is read
+            try:
+                path.with_suffix(".new").write_text(json.dumps(self.stats()), encoding="utf-8")
+                path.with_suffix(".new").replace(path)  # whole, whenever it is read
+            except OSError as error:  # no reason to stop a server
+                self._reported = math.inf
+                _log.warning("cuszp_cupy: no more stats are written: %s", error)
 
     def stats(self) -> dict:
         """Return what it has done; see ``vllm_patch.stats``."""

@@ -304,6 +304,84 @@ def test_a_store_without_device_memory_goes_to_vllm_and_a_load_does_not():
     np.testing.assert_array_equal(server.gpu[:, [1, 2]], expected[:, [1, 2]])
 
 
+def fail(*_, **__):
+    raise RuntimeError("the driver failed")
+
+
+def test_after_a_store_that_failed_half_way_no_bytes_are_served():
+    """What vLLM had stored there before may be overwritten in part, so it is not loaded as raw bytes either."""
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.worker.storing = False
+    server.store(gpu, cpu, sizes)
+    (run,) = server.runs
+    assert (run.state[:8] == RAW).all() and len(server.by_vllm) == 1
+    server.worker.storing = True
+    store, run.pipeline.store = run.pipeline.store, fail
+    with pytest.raises(RuntimeError, match="the driver failed"):
+        server.store(gpu, cpu, sizes)
+    with pytest.raises(ValueError, match="nothing is stored in slot 0"):
+        server.load(cpu, gpu, sizes)
+    assert len(server.by_vllm) == 1
+    run.pipeline.store = store
+    server.store(gpu, cpu, sizes)
+    before_load = server.gpu.copy()
+    server.gpu[:] = 0
+    server.load(cpu, gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, [1, 2]], before_load[:, [1, 2]])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_a_load_that_fails_reaches_the_engine_and_moves_nothing_else(error):
+    """Of two pipelines the second one fails: nothing goes by vLLM's function, or is said to be loaded."""
+    other = Kind(KIND.geometry, "float16")
+    server = Server(kinds={2: other, 3: other})
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    first, second = server.runs
+
+    def no_load(*_, **__):
+        raise error("not now")
+
+    load, second.pipeline.load = second.pipeline.load, no_load
+    with pytest.raises(error, match="not now"):
+        server.load(cpu, gpu, sizes)
+    assert not server.by_vllm and [run for run, _ in server.worker._loads] == [first]
+    second.pipeline.load = load
+    before_load = server.gpu.copy()
+    server.gpu[:] = 0
+    server.load(cpu, gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, [1, 2]], before_load[:, [1, 2]])
+    server.worker.check()
+
+
+def test_without_device_memory_a_row_that_was_packed_is_given_up():
+    """Half of a packed chunk is stored again, by vLLM's function: the other half is gone, and said to be."""
+    server = Server()
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    (run,) = server.runs
+    run.pipeline.no_memory = True
+    server.store(gpu[:4], cpu[:4], sizes[:4])
+    assert (run.state[:4] == RAW).all() and (run.state[4:8] == HELD).all() and not run.pipeline.pages
+    server.load(cpu[:4], gpu[:4], sizes[:4])
+    with pytest.raises(ValueError, match="nothing is stored in slot 4"):
+        server.load(cpu[4:], gpu[4:], sizes[4:])
+
+
+def test_a_folder_for_stats_that_is_gone_stops_nothing(tmp_path, caplog):
+    server = Server()
+    server.worker.settings = Settings(stats_dir=str(tmp_path / "gone"))
+    server.worker.report()
+    server.worker.report()
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["cuszp_cupy"]
+    assert "no more stats are written" in caplog.text
+    gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
+    server.store(gpu, cpu, sizes)
+    server.load(cpu, gpu, sizes)
+    server.worker.check()
+
+
 def test_vllm_may_reuse_its_arrays_at_once():
     server = Server()
     gpu, cpu, sizes = server.pages(range(4), [1, 2], server.chunks([0]))
