@@ -505,7 +505,7 @@ class SwapPipeline:
         if num_known:
             rows = np.take(self.table.known, slots[:num_known], axis=0)
             nbytes = rows[:, 1].astype(np.int64)
-            lengths = (nbytes + 15) & -16
+            lengths = (np.maximum(nbytes, 1) + 15) & -16  # of damaged rows: 0
             transfer._payload_bytes += int(nbytes.sum()) + 16 * num_known
             if transfer.transport == "fused":
                 plan = [(None, 0, num_known, None)]

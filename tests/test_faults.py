@@ -1,0 +1,253 @@
+"""Faults by injection on a GPU: the call that meets one says so; what was stored before is served or refused."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from assertions import assert_same_bits
+from test_pipeline import GEOMETRY, empty_pages, make_pages, make_pipeline, on_device, through_reference
+
+from cuszp_cupy import FormatError, pipeline, raw
+from cuszp_cupy.pipeline import SwapPipeline
+
+NUM = 24  # pages: three tiles
+
+
+class Stored:
+    """A pipeline with pages in slots 0 .. 23, of 48, and what to expect of them."""
+
+    def __init__(self, **options):
+        self.pages = make_pages(NUM)
+        self.expected, self.device, self.out = (
+            through_reference(self.pages),
+            on_device(self.pages),
+            empty_pages(NUM),
+        )
+        self.swap = make_pipeline(num_slots=48, **options)
+        self.swap.store(self.device, range(NUM)).wait()
+
+    def check(self) -> None:
+        """Assert that the pages come back, that others can be stored, and that raw transfers work."""
+        for transport, expected in (("staged", self.expected), ("fused", self.expected), ("raw", self.pages)):
+            self.swap.load(range(NUM), self.out).wait()
+            assert_same_bits(self.out.get(), self.expected)
+            self.swap.store(self.device, range(NUM, 2 * NUM), transport=transport).wait()
+            self.swap.load(range(NUM, 2 * NUM), self.out).wait()
+            assert_same_bits(self.out.get(), expected)
+        self.swap.drop(range(NUM, 2 * NUM))
+
+    def check_raw(self) -> None:
+        """Assert that pages can go and come as they are."""
+        self.swap.store(self.device, range(NUM, 2 * NUM), transport="raw").wait()
+        self.swap.load(range(NUM, 2 * NUM), self.out).wait()
+        assert_same_bits(self.out.get(), self.pages)
+        self.swap.drop(range(NUM, 2 * NUM))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("host", ["arena", "rows", "slots"])
+def test_the_smallest_ring(host):
+    """Tiles of one page, or one row of four: the ring goes round six times, or 24."""
+    per_row = 4 if host == "rows" else 1
+    stored = Stored(host=host, ring_bytes=2 * pipeline.BUFFERS * per_row * GEOMETRY.nbytes)
+    assert stored.swap._tile_pages == per_row
+    stored.check()
+    stored.swap.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("coding", ["fixed", "entropy"])
+def test_kernels_that_do_not_compile(coding, monkeypatch):
+    """Calls that need one raise what the compiler says and hold nothing; raw transfers need none, and work."""
+    import cupy
+
+    stored = Stored(coding=coding)
+    with monkeypatch.context() as patch:
+        patch.setattr(raw, "source", lambda name: "#error broken on purpose")
+        raw._function.cache_clear()
+        for call in (
+            lambda: stored.swap.store(stored.device, range(NUM, 2 * NUM)),
+            lambda: stored.swap.store(stored.device, range(NUM, 2 * NUM), transport="fused"),
+            lambda: stored.swap.load(range(NUM), stored.out),
+        ):
+            with pytest.raises(cupy.cuda.compiler.CompileException, match="broken on purpose"):
+                call()
+        with pytest.raises(ValueError, match="nothing is stored in slots 24, 25"):
+            stored.swap.load(range(NUM, 2 * NUM), stored.out)
+        stored.check_raw()
+        assert stored.swap.stats.failed_calls == 3
+    raw._function.cache_clear()
+    stored.check()
+    stored.swap.close()
+
+
+def construct(monkeypatch, which: str, fail_at: int) -> tuple[int, list]:
+    """Make a pipeline whose allocation ``fail_at`` of pinned or device memory is refused; close it if none is.
+
+    Returns:
+        (allocations that were granted, weak references to the pinned memory)
+    """
+    real_pinned, real_allocate, count, arrays = pipeline.pinned, SwapPipeline._allocate, [0], []
+
+    def granted(name):
+        if name == which:
+            if count[0] == fail_at:
+                raise MemoryError("refused on purpose")
+            count[0] += 1
+
+    def pinned(nbytes):
+        granted("pinned")
+        array = real_pinned(nbytes)
+        arrays.append(weakref.ref(array))
+        return array
+
+    def allocate(self, nbytes):
+        granted("device")
+        return real_allocate(self, nbytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "pinned", pinned)
+        patch.setattr(SwapPipeline, "_allocate", allocate)
+        try:
+            make_pipeline().close()
+        except MemoryError as error:
+            assert "refused on purpose" in str(error)
+    gc.collect()
+    return count[0], arrays
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["pinned", "device"])
+def test_memory_refused_at_construction_leaves_nothing_behind(which, monkeypatch):
+    """Each allocation in turn is the one that fails."""
+    import cupy
+
+    needed, _ = construct(monkeypatch, which, -1)
+    assert needed == {"pinned": 2, "device": 1}[which] + pipeline.BUFFERS  # arena and table, or ring; arguments
+    before = cupy.get_default_memory_pool().used_bytes()
+    for fail_at in range(needed):
+        granted, arrays = construct(monkeypatch, which, fail_at)
+        assert granted == fail_at
+        assert cupy.get_default_memory_pool().used_bytes() == before
+        assert not any(array() is not None for array in arrays)
+    Stored().check()
+
+
+@pytest.mark.gpu
+def test_two_pipelines_when_device_memory_runs_out():
+    """The second one is refused, with what to do; the first one goes on; later there is room for both."""
+    import cupy
+
+    pool, first = cupy.get_default_memory_pool(), Stored()
+    first.check()
+    pool.free_all_blocks()
+    try:
+        pool.set_limit(size=pool.total_bytes() + GEOMETRY.nbytes)
+        with pytest.raises(MemoryError, match="lower ring_bytes"):
+            make_pipeline()
+        first.check()
+    finally:
+        pool.set_limit(size=0)
+    second = Stored()
+    first.check()
+    second.check()
+    first.swap.close()
+    second.check()
+    second.swap.close()
+
+
+@pytest.mark.gpu
+def test_no_device_memory_for_arguments(monkeypatch):
+    """Store and load are refused before anything is enqueued: all is as it was."""
+    stored = Stored()
+    swap = stored.swap
+    swap.synchronize()
+    blocks, used = swap._blocks[:], swap.memory()["arena_used_bytes"]
+    swap._blocks.clear()
+
+    def refuse(nbytes):
+        raise MemoryError("refused on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(swap, "_allocate", refuse)
+        for call in (
+            lambda: swap.store(stored.device, range(NUM)),  # over what is there
+            lambda: swap.load(range(NUM), stored.out),
+        ):
+            with pytest.raises(MemoryError, match="refused on purpose"):
+                call()
+        assert swap.memory()["arena_used_bytes"] == used and not swap._in_flight
+    swap._blocks.extend(blocks)
+    stored.check()
+    swap.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("host", ["arena", "rows", "slots"])
+def test_the_page_table_is_lost(host):
+    """Its memory is overwritten after the host has learnt the rows: nothing changes, and stores go on."""
+    stored = Stored(host=host)
+    stored.swap.synchronize()
+    rng = np.random.default_rng(0)
+    for lost in (0, 0xFFFFFFFF, None):
+        memory = stored.swap.table.memory
+        memory[...] = rng.integers(0, 1 << 32, memory.shape, np.uint32) if lost is None else lost
+        stored.check()
+    assert stored.swap.stats.failed_pages == 0
+    stored.swap.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("damage", ["row", "size", "place"])
+def test_a_row_that_is_damaged_before_the_host_sees_it(damage):
+    """The slot is refused by name, whatever the row says; the others are served; its memory comes back."""
+    stored = Stored()
+    swap = stored.swap
+    store = swap.store(stored.device, range(NUM, 2 * NUM))
+    store.done.synchronize()  # the rows are there, and nobody has looked
+    word, value = {"row": (0, 0xFFFFFFFF), "size": (1, 0xFFFFFFF0), "place": (3, 0xFFFFFFFF)}[damage]
+    swap.table.memory[NUM + 5, word] = value
+    store.wait()
+    with pytest.raises(
+        FormatError, match=f"1 of {NUM} pages are damaged: slot {NUM + 5}: its table row is damaged"
+    ):
+        swap.load(range(NUM, 2 * NUM), stored.out).wait()
+    swap.drop(range(NUM, 2 * NUM))
+    stored.check()
+    swap.drop(range(NUM))
+    swap.synchronize()
+    assert swap.memory()["arena_used_bytes"] == 0
+    swap.close()
+
+
+WORKER = """
+import sys
+sys.path.insert(0, "tests")
+from test_pipeline import make_pages, make_pipeline, on_device
+swap, pages = make_pipeline(num_slots=48), on_device(make_pages(24))
+while True:
+    swap.store(pages, range(24))
+    swap.store(pages, range(24, 48), transport="fused")
+    print("stored", flush=True)
+"""
+
+
+@pytest.mark.gpu
+def test_a_worker_killed_during_a_store_leaves_the_device_to_others():
+    stored = Stored()
+    command = [sys.executable, "-c", WORKER]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as worker:
+        try:
+            for _ in range(20):
+                assert worker.stdout.readline() == "stored\n"
+        finally:
+            worker.kill()
+    assert worker.returncode == -9
+    stored.check()
+    stored.swap.close()
