@@ -176,7 +176,7 @@ class PageTable:
         damaged = (rows[:, 1] > self.page_bytes) | (ends > (room if every else room[live]))
         if damaged.any():
             rows[damaged], every = 0, False
-        self.known[at] = rows
+        self.known.view("V16")[at, 0] = rows.view("V16")[:, 0]  # 16 bytes at a time
         nbytes, place = rows[:, 1].astype(np.int64), 16 * rows[:, 3].astype(np.int64)
         kept = (nbytes + 15) & -16
         self.address[at], self.state[at], self._owner[at] = homes + place, KNOWN, 0
