@@ -154,3 +154,17 @@ def test_readme_names_files_that_exist():
     named = re.findall(r"`([\w./-]+\.(?:py|cu|cuh|md))`", README)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_guarantees_name_tests_and_files_that_exist():
+    """And mark those that need a GPU."""
+    text = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    nodes = [node for path in ROOT.glob("tests/test_*.py") for node in ast.parse(path.read_text("utf-8")).body]
+    tests = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+    named = re.findall(r"`(test_\w+)`(\*?)", text)
+    assert len(named) > 25 and [name for name, _ in named if name not in tests] == []
+    for name, star in named:
+        marks = [ast.unparse(decorator) for decorator in tests[name].decorator_list]
+        assert ("pytest.mark.gpu" in marks) == bool(star), name
+    files = re.findall(r"(?<![\w/])((?:tests|docs|cuszp_cupy)/[\w/-]+(?:\.\w+)?|bench\.py)", text)
+    assert files and [name for name in files if not (ROOT / name).exists()] == []

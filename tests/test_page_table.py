@@ -130,7 +130,8 @@ class Transfers(RuleBasedStateMachine):
         assert self.touched(table.address[live], table._held[live]).sum() == table._held.sum(), "overlap"
 
 
-Transfers.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+most = max(150, settings.default.max_examples)  # more where the profile says so
+Transfers.TestCase.settings = settings(max_examples=most, stateful_step_count=40, deadline=None)
 TestTransfers = Transfers.TestCase
 
 
