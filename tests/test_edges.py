@@ -186,7 +186,7 @@ def test_kernels_on_edge_pages(dtype, coding):
 
     pages = np.stack(list(edge_pages(dtype).values()))
     for geometry in (GEOMETRY, FLAT, PARTS):
-        for bound in BOUNDS:
+        for bound in BOUNDS if geometry is GEOMETRY else BOUNDS[:5]:
             compare(pages.reshape(len(pages), *geometry.shape), bound, geometry)
     for shape in SHAPES:
         compare(
