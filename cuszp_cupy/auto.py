@@ -53,17 +53,18 @@ def measure(pipeline) -> dict[str, float]:
         scratch = store.scratch
         return gbps(store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, scratch, cursors=False))
 
-    def decode(blocks, scratch):
-        status = block.status_ptr
-        return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, blocks, status, scratch))
+    def decode(blocks, on_host):
+        status, scratch = block.status_ptr, store.scratch
+        return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, blocks, status, scratch, on_host))
 
     speed = {"h2d": copy(load.copy, raw, host.ctypes.data, runtime.memcpyHostToDevice)}
     speed["d2h"] = copy(store.copy, host.ctypes.data, raw, runtime.memcpyDeviceToHost)
-    for name, target, blocks, scratch in (
-        ("burst", packed, pipeline.burst_blocks, None),
-        ("fused", mapped, pipeline.fused_blocks, load.scratch),
+    for name, target, blocks in (
+        ("burst", packed, pipeline.burst_blocks),
+        ("fused", mapped, pipeline.fused_blocks),
     ):
-        speed[f"store {name}"], speed[f"load {name}"] = encode(target, blocks), decode(blocks, scratch)
+        speed[f"store {name}"] = encode(target, blocks)
+        speed[f"load {name}"] = decode(blocks, on_host=target == mapped)
     rows = np.empty((num, ROW_WORDS), np.uint32)
     runtime.memcpyAsync(rows.ctypes.data, at["rows"], rows.nbytes, runtime.memcpyDeviceToHost, store.codec.ptr)
     store.codec.synchronize()

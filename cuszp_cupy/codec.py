@@ -365,7 +365,7 @@ def decode_pages(encoded: EncodedPages, out=None, *, check: bool = True, status=
     on_host = isinstance(encoded.payload, np.ndarray)
     codec.decode(
         addresses[0].data.ptr, encoded.rows.data.ptr, addresses[1].data.ptr, status.data.ptr, num_pages,
-        aligned=aligned_to(pointers, 4), scratch=codec.new_scratch(num_pages) if on_host else None,
+        aligned=aligned_to(pointers, 4), scratch=codec.new_scratch(num_pages), on_host=on_host,
     )  # fmt: skip
     if check:
         bad = status.get()

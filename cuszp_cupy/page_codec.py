@@ -1,7 +1,8 @@
 """PageCodec: the launches that encode and decode batches of pages of one sort. Pointers in; nothing waits.
 
 Coding ``entropy`` takes two launches for what ``fixed`` does in one: first ``fixed`` to scratch slots, which also
-chooses the steps, then the streams. So it works on as many pages at a time as there is scratch for.
+chooses the steps, then the streams. Pages of more than one chunk (1024 groups) take a launch for each step that
+needs the results of all their chunks. So both work on as many pages at a time as there is scratch for.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ class PageCodec:
             raise ValueError(f"tables: coding {coding!r} has none; use coding 'entropy'")
 
     def new_scratch(self, num_pages: int, nbytes: int | None = None) -> Scratch | None:
-        """Return scratch for batches of ``num_pages``, or None if the coding needs none.
+        """Return scratch for batches of ``num_pages``, or None if the coding needs none for such pages.
 
         At most about ``nbytes`` (SCRATCH_BYTES when None). One scratch serves one stream.
         """
-        if self.coding != "entropy":
+        slot_bytes = kv.entropy_slot_bytes(self.geometry) if self.coding == "entropy" else 0
+        chunks = kv.num_chunks(self.geometry)
+        if chunks == 1 and not slot_bytes:
             return None
-        slot_bytes = kv.entropy_slot_bytes(self.geometry)
-        return Scratch(min(num_pages, max(1, (nbytes or SCRATCH_BYTES) // slot_bytes)), slot_bytes)
+        page_bytes = slot_bytes + kv.EXCHANGE_BYTES + 4 * chunks
+        return Scratch(min(num_pages, max(1, (nbytes or SCRATCH_BYTES) // page_bytes)), slot_bytes, chunks)
 
     def encode(
         self,
@@ -62,23 +65,20 @@ class PageCodec:
         cursors_ptr: int = 0,
     ) -> None:
         """Encode ``num_pages`` pages; see ``raw.kv.encode``. ``scratch``: from ``new_scratch``."""
-        if self.coding != "entropy":
-            kv.encode(
-                pages_ptr, payloads_ptr, rows_ptr, num_pages, self.dtype, self.geometry, self.bounds, self.coding,
-                aligned=aligned, blocks=blocks, regions_ptr=regions_ptr, cursors_ptr=cursors_ptr,
-            )  # fmt: skip
-            return
-        for first in range(0, num_pages, scratch.num_pages):
-            count = min(scratch.num_pages, num_pages - first)
-            kv.encode(
-                pages_ptr + 8 * first, scratch.slots_ptr, scratch.rows_ptr, count, self.dtype, self.geometry,
-                self.bounds, "fixed", aligned=aligned, blocks=blocks,
-            )  # fmt: skip
+        sort = self.dtype, self.geometry
+        for first, count in _batches(num_pages, scratch):
+            pages, payloads, rows = pages_ptr + 8 * first, payloads_ptr + 8 * first, rows_ptr + 16 * first
+            packed = {"regions_ptr": regions_ptr and regions_ptr + 4 * first, "cursors_ptr": cursors_ptr}
+            options = {"aligned": aligned, "blocks": blocks}
+            if scratch:
+                options |= {"exchange_ptr": scratch.exchange_ptr, "sizes_ptr": scratch.sizes_ptr}
+            if self.coding != "entropy":
+                kv.encode(pages, payloads, rows, count, *sort, self.bounds, self.coding, **options, **packed)
+                continue
+            kv.encode(pages, scratch.slots_ptr, scratch.rows_ptr, count, *sort, self.bounds, "fixed", **options)
             kv.encode_entropy(
-                pages_ptr + 8 * first, scratch.rows_ptr, scratch.slots_ptr, payloads_ptr + 8 * first,
-                rows_ptr + 16 * first, count, self.dtype, self.geometry, self.tables,
-                self._device_tables.data.ptr, aligned=aligned, blocks=self._entropy_blocks(blocks),
-                regions_ptr=regions_ptr and regions_ptr + 4 * first, cursors_ptr=cursors_ptr,
+                pages, scratch.rows_ptr, scratch.slots_ptr, payloads, rows, count, *sort, self.tables,
+                self._device_tables.data.ptr, aligned=aligned, blocks=self._entropy_blocks(blocks), **packed,
             )  # fmt: skip
 
     def decode(
@@ -90,37 +90,33 @@ class PageCodec:
         num_pages: int,
         *,
         aligned: bool,
+        scratch: Scratch | None,
         blocks: int | None = None,
-        scratch: Scratch | None = None,
+        on_host: bool = False,
     ) -> None:
-        """Decode ``num_pages`` pages; see ``raw.kv.decode``.
+        """Decode ``num_pages`` pages; see ``raw.kv.decode``. ``scratch``: from ``new_scratch``.
 
-        ``scratch``: brings payloads of coding ``entropy`` to the device first, which pays where they lie in host
-        memory: streams are read in small pieces.
+        ``on_host``: payloads lie in host memory. Those of coding ``entropy``, which are read in small pieces, are
+        then brought to the device first.
         """
-        if self.coding != "entropy":
-            kv.decode(
-                payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages, self.dtype, self.geometry,
-                aligned=aligned, blocks=blocks,
-            )  # fmt: skip
-            return
-        step = scratch.num_pages if scratch else num_pages
-        for first in range(0, num_pages, step):
-            count = min(step, num_pages - first)
+        sort, entropy = (self.dtype, self.geometry), self.coding == "entropy"
+        for first, count in _batches(num_pages, scratch):
             payloads, rows = payloads_ptr + 8 * first, rows_ptr + 16 * first
-            if scratch:
+            pages, status = pages_ptr + 8 * first, status_ptr + 4 * first
+            if entropy and on_host:
                 raw_copy.gather(
                     payloads, rows, scratch.slots_ptr, scratch.rows_ptr, count, self.geometry.nbytes, blocks
                 )
                 payloads, rows = scratch.slots_ptr, scratch.rows_ptr
-            pages, status = pages_ptr + 8 * first, status_ptr + 4 * first
+            exchange = scratch.exchange_ptr if scratch else 0
             kv.decode(
-                payloads, rows, pages, status, count, self.dtype, self.geometry, aligned=aligned, blocks=blocks
+                payloads, rows, pages, status, count, *sort, aligned=aligned, blocks=blocks, exchange_ptr=exchange
             )
-            kv.decode_entropy(
-                payloads, rows, pages, status, count, self.dtype, self.geometry, self.tables,
-                self._device_tables.data.ptr, aligned=aligned, blocks=self._entropy_blocks(blocks),
-            )  # fmt: skip
+            if entropy:
+                kv.decode_entropy(
+                    payloads, rows, pages, status, count, *sort, self.tables, self._device_tables.data.ptr,
+                    aligned=aligned, blocks=self._entropy_blocks(blocks),
+                )  # fmt: skip
 
     def _entropy_blocks(self, blocks: int | None) -> int | None:
         """Blocks that have as many threads as ``blocks`` of the other kernels."""
@@ -129,15 +125,26 @@ class PageCodec:
         return max(1, blocks * kv.block_threads(self.geometry) // kv.entropy_threads(self.geometry))
 
 
-class Scratch:
-    """Slots in device memory, and table rows, for a number of pages. Allocated from CuPy's pool."""
+def _batches(num_pages: int, scratch: Scratch | None):
+    """Yield (first page, number) of what there is scratch for at once."""
+    step = scratch.num_pages if scratch else num_pages
+    for first in range(0, num_pages, step):
+        yield first, min(step, num_pages - first)
 
-    def __init__(self, num_pages: int, slot_bytes: int):
+
+class Scratch:
+    """Device memory, from CuPy's pool, for a number of pages: slots and table rows, and what blocks exchange."""
+
+    def __init__(self, num_pages: int, slot_bytes: int, chunks: int):
         import cupy
 
         self.num_pages = num_pages
-        self._memory = cupy.empty(num_pages * slot_bytes, cupy.uint8)
+        self._exchange = cupy.zeros(num_pages * kv.EXCHANGE_BYTES, cupy.uint8)
+        self._sizes = cupy.empty(num_pages * chunks, cupy.uint32)
+        self._memory = cupy.empty(max(16, num_pages * slot_bytes), cupy.uint8)
         slots = np.uint64(self._memory.data.ptr) + np.arange(num_pages, dtype=np.uint64) * np.uint64(slot_bytes)
         self._slots, self._rows = cupy.asarray(slots), cupy.empty((num_pages, ROW_WORDS), cupy.uint32)
         self.slots_ptr, self.rows_ptr = self._slots.data.ptr, self._rows.data.ptr
-        self.nbytes = self._memory.nbytes + self._slots.nbytes + self._rows.nbytes
+        self.exchange_ptr, self.sizes_ptr = self._exchange.data.ptr, self._sizes.data.ptr
+        arrays = self._exchange, self._sizes, self._memory, self._slots, self._rows
+        self.nbytes = sum(array.nbytes for array in arrays)

@@ -541,9 +541,8 @@ class SwapPipeline:
                     runtime.eventRecord(buffer.ready.ptr, lane.copy.ptr)
                     runtime.streamWaitEvent(lane.codec.ptr, buffer.ready.ptr)
                 with Stage(transfer, "load decode", lane.codec):
-                    self._kv_decode(
-                        at, page, end - page, aligned, blocks, block.status_ptr, None if buffer else lane.scratch
-                    )
+                    status = block.status_ptr
+                    self._kv_decode(at, page, end - page, aligned, blocks, status, lane.scratch, not buffer)
                 if buffer:
                     runtime.eventRecord(buffer.free.ptr, lane.codec.ptr)
             if num_pending:
@@ -551,9 +550,8 @@ class SwapPipeline:
                     raw_copy.collect(
                         self._table_ptr, at["slots"] + 4 * num_known, at["rows"] + 16 * num_known, num_pending
                     )
-                    self._kv_decode(
-                        at, num_known, num_pending, aligned, self.fused_blocks, block.status_ptr, lane.scratch
-                    )
+                    blocks, status = self.fused_blocks, block.status_ptr
+                    self._kv_decode(at, num_known, num_pending, aligned, blocks, status, lane.scratch, True)
         if num_copied:
             order = np.argsort(addresses[coded:])
             pieces = (
@@ -613,11 +611,10 @@ class SwapPipeline:
             regions_ptr=at["regions"] + 4 * page if cursors else 0, cursors_ptr=at["cursors"] if cursors else 0,
         )  # fmt: skip
 
-    def _kv_decode(self, at, page, num, aligned, blocks, status_ptr, scratch=None) -> None:
-        """``scratch``: where payloads lie on the host."""
+    def _kv_decode(self, at, page, num, aligned, blocks, status_ptr, scratch, on_host=False) -> None:
         self._codec.decode(
             at["payloads"] + 8 * page, at["rows"] + 16 * page, at["pages"] + 8 * page, status_ptr + 4 * page, num,
-            aligned=aligned, blocks=blocks, scratch=scratch,
+            aligned=aligned, blocks=blocks, scratch=scratch, on_host=on_host,
         )  # fmt: skip
 
     def _runs(self, dst, src, width, bounds=()) -> np.ndarray:

@@ -99,7 +99,7 @@ class Prepared:
         else:
             raw_copy.collect(pipeline._table_ptr, at["slots"], at["rows"], num)
             status, blocks = self._block.status_ptr, pipeline.fused_blocks
-            pipeline._kv_decode(at, 0, num, self._aligned, blocks, status, self._scratch)
+            pipeline._kv_decode(at, 0, num, self._aligned, blocks, status, self._scratch, True)
 
     def failed(self) -> dict[int, str]:
         """Return slot -> reason of the pages that the last load found damaged; wait for the stream before."""

@@ -110,7 +110,7 @@ class Batch:
         def decode(i: int = 0) -> None:
             self.codec.decode(
                 self.payload_addresses.data.ptr, self.rows.data.ptr, y_addresses.data.ptr, self.status.data.ptr,
-                len(self.x), aligned=True,
+                len(self.x), aligned=True, scratch=self.scratch,
             )  # fmt: skip
 
         return decode

@@ -28,9 +28,18 @@ from ..format import (
 from . import MOST_SHARED, launch
 
 MAX_THREADS = 512  # as in kv_common.cuh; each thread takes two groups
+PHASES = 5  # of kv_encode_large
+EXCHANGE_BYTES = 64  # a page, as in the _large kernels
 KERNELS = {
     name: tuple(f"{name}<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false"))
-    for name in ("kv_encode", "kv_decode", "kv_entropy_encode", "kv_entropy_decode")
+    for name in ("kv_encode", "kv_decode", "kv_decode_large", "kv_entropy_encode", "kv_entropy_decode")
+} | {
+    "kv_encode_large": tuple(
+        f"kv_encode_large<{dtype}, {fast}, {phase}>"
+        for dtype in DTYPES
+        for fast in ("true", "false")
+        for phase in range(PHASES)
+    )
 }
 ENTROPY_WARPS = 4  # as in kv_entropy.cuh; each warp takes a stream
 DECODE_BYTES, PART_BYTES = 11936, 15312  # as there: tables of a part, for the decoder, and for both
@@ -51,6 +60,8 @@ def encode(
     blocks: int | None = None,
     regions_ptr: int = 0,
     cursors_ptr: int = 0,
+    exchange_ptr: int = 0,
+    sizes_ptr: int = 0,
 ) -> None:
     """Encode ``num_pages`` pages, each into a slot of its own, or packed into regions they share.
 
@@ -67,23 +78,36 @@ def encode(
         cursors_ptr: device address of uint32 cursors, room taken in each region in units of 16 bytes; zero them
             before the first launch. A payload then lies 16 x its row's place (word 3) after its region's address.
             A region needs room for its pages raw, each rounded up to 16 bytes.
+        exchange_ptr: of pages of several chunks (``num_chunks``): device address of EXCHANGE_BYTES for each page,
+            16-byte aligned, zero before the first launch. One launch after the other may use it.
+        sizes_ptr: likewise of uint32[num_pages, chunks], of any content.
     """
     assert num_pages > 0 and rows_ptr % 16 == 0
     fast, code, bound_arguments = _encoding(dtype, geometry, bounds, coding, aligned)
-    _launch(
-        "kv_encode", dtype, fast, geometry, num_pages, blocks, "Q" * 18 + "qqdqqd",
-        (
-            pages_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr, num_pages, code,
-            *_geometry_arguments(geometry), *bound_arguments,
-        ),
-    )  # fmt: skip
+    before = pages_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr, num_pages, code
+    after = *_geometry_arguments(geometry), *bound_arguments
+    chunks = num_chunks(geometry)
+    if chunks == 1:
+        expression = f"kv_encode<{dtype}, {_bool(fast)}>"
+        _launch("kv_encode", expression, geometry, num_pages, blocks, "Q" * 18 + "qqdqqd", (*before, *after))
+        return
+    assert exchange_ptr and exchange_ptr % 16 == 0 and sizes_ptr and sizes_ptr % 4 == 0
+    kinds = {_KINDS[bound.kind] for bound in bounds}
+    statistics = [] if kinds == {_KINDS["abs"]} or code == CODINGS.index("raw") else [0, 1, 2]
+    arguments = *before, exchange_ptr, sizes_ptr, *after
+    for phase in [*statistics, 3, 4]:
+        if phase == 1 and _KINDS["rms"] not in kinds:
+            continue
+        expression = f"kv_encode_large<{dtype}, {_bool(fast)}, {phase}>"
+        types = "Q" * 20 + "qqdqqd"
+        _launch("kv_encode_large", expression, geometry, num_pages * chunks, blocks, types, arguments)
 
 
 @functools.lru_cache(1024)
 def _encoding(dtype, geometry, bounds, coding, aligned) -> tuple[bool, int, tuple]:
     """(whether the fast kernel will do, number of the coding, (kind, step, factor) of two parts)."""
     assert len(bounds) == len(geometry.part_values)
-    fast = aligned and _threads(geometry)[1] and not any(w % 4 for w in _widths(geometry))
+    fast = aligned and not any(w % 4 for w in _widths(geometry))
     parts = [_part(bound, n) for bound, n in zip(bounds, geometry.part_values, strict=True)]
     raw = coding == "raw" or any(k == 0 and s < LOWEST_STEP[dtype] for k, s, _ in parts)
     first, second = (parts * 2)[:2]
@@ -101,20 +125,31 @@ def decode(
     *,
     aligned: bool,
     blocks: int | None = None,
+    exchange_ptr: int = 0,
 ) -> None:
     """Decode ``num_pages`` pages; ``status`` (uint32[num_pages], device) becomes 0 where a page is good.
 
     Args:
         payloads_ptr: as in ``encode``; the row's place counts from there.
-        rows_ptr, pages_ptr, num_pages, dtype, geometry, blocks: as in ``encode``.
+        rows_ptr, pages_ptr, num_pages, dtype, geometry, blocks, exchange_ptr: as in ``encode``.
         aligned: whether every page address is a multiple of 4.
     """
     assert num_pages > 0 and rows_ptr % 16 == 0
-    fast = aligned and _threads(geometry)[1] and not geometry.flat
-    _launch(
-        "kv_decode", dtype, fast, geometry, num_pages, blocks, "Q" * 16,
-        (payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages, *_geometry_arguments(geometry)),
-    )  # fmt: skip
+    fast = _bool(aligned and not geometry.flat)
+    before, after = (payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages), _geometry_arguments(geometry)
+    chunks = num_chunks(geometry)
+    if chunks == 1:
+        expression = f"kv_decode<{dtype}, {fast}>"
+        _launch("kv_decode", expression, geometry, num_pages, blocks, "Q" * 16, (*before, *after))
+        return
+    assert exchange_ptr and exchange_ptr % 16 == 0
+    expression, arguments = f"kv_decode_large<{dtype}, {fast}>", (*before, exchange_ptr, *after)
+    _launch("kv_decode_large", expression, geometry, num_pages * chunks, blocks, "Q" * 17, arguments)
+
+
+def num_chunks(geometry: Geometry) -> int:
+    """Return how many thread blocks share a page."""
+    return -(-geometry.groups // (2 * MAX_THREADS))
 
 
 def encode_entropy(
@@ -253,25 +288,21 @@ def _parts_are_equal(tables) -> bool:
     return bool((tables.classes[0] == tables.classes[1]).all() and (tables.symbols[0] == tables.symbols[1]).all())
 
 
-def _launch(name, dtype, fast, geometry, num_pages, blocks, types, arguments) -> None:
-    threads = _threads(geometry)[0]
+def _launch(name, expression, geometry, num_tasks, blocks, types, arguments) -> None:
+    threads = block_threads(geometry)
     shared = 64 * 2 * threads + 16
     assert shared <= MOST_SHARED
-    grid = min(num_pages, blocks or num_pages)
-    expression = f"{name}<{dtype}, {'true' if fast else 'false'}>"
-    launch(name, expression, grid, threads, types, arguments, shared)
+    launch(name, expression, min(num_tasks, blocks or num_tasks), threads, types, arguments, shared)
 
 
-def block_threads(geometry: Geometry) -> int:
-    """Return the threads of a block for such pages."""
-    return _threads(geometry)[0]
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 @functools.lru_cache(1024)
-def _threads(geometry: Geometry) -> tuple[int, bool]:
-    """Threads of a block, and whether they cover a page."""
-    needed = -(-geometry.groups // 64) * 32
-    return min(needed, MAX_THREADS), needed <= MAX_THREADS
+def block_threads(geometry: Geometry) -> int:
+    """Return the threads of a block for such pages."""
+    return min(-(-geometry.groups // 64) * 32, MAX_THREADS)
 
 
 def _widths(geometry: Geometry) -> tuple[int, ...]:
