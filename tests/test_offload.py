@@ -6,9 +6,12 @@ import ctypes
 import json
 import time
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from fake_pipeline import POISON, FakePipeline
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cuszp_cupy import offload
 from cuszp_cupy.format import Geometry
@@ -458,6 +461,100 @@ def test_thirty_two_thousand_descriptors_cost_little_host_time():
         times.append(time.perf_counter() - begin)
     assert min(times[::2]) < 0.02 and min(times[1::2]) < 0.02, times
     assert run.pipeline.stats.load.pages == 3 * 32_000 and not server.by_vllm
+
+
+# --- any calls, with faults -------------------------------------------------------------------------------
+class Calls(RuleBasedStateMachine):
+    """Stores and loads in any order against a dictionary, while memory runs out and stores fail half-way.
+
+    A load raises, or brings what was stored last; after a store that went well, its pages do come back.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.server = Server(
+            chunks=3, kinds={2: Kind(KIND.geometry, "float16")}
+        )  # three runs; rows of 4, 2, 2 pages
+        self.model = {}  # address on the CPU -> content
+        self.packed = set()  # (run, row)
+        self.stored = self.failing = 0
+        for i, run in enumerate(self.server.runs):
+            store, load = run.pipeline.store, run.pipeline.load
+            run.pipeline.store = lambda *args, i=i, store=store, **options: self.to_pipeline(i, store, *args)
+            run.pipeline.load = lambda *args, i=i, load=load, **options: self.from_pipeline(i, load, *args)
+
+    def row_of(self, run, slot):
+        first = slot // run.pages_per_row * run.pages_per_row
+        return np.arange(first, first + run.pages_per_row)
+
+    def to_pipeline(self, i, store, pages, slots, stream=None):
+        """As the real one: a row that is not stored whole loses what was packed in it."""
+        run = self.server.runs[i]
+        rows, counts = np.unique(slots // run.pages_per_row, return_counts=True)
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            if self.failing or (i, row) in self.packed:
+                run.pipeline.drop(self.row_of(run, row * run.pages_per_row))
+            (self.packed.add if count == run.pages_per_row else self.packed.discard)((i, row))
+        if self.failing:
+            for slot in slots.tolist():
+                ctypes.memset(run.pipeline._home(slot), POISON, PAGE)
+            raise RuntimeError("the driver failed")
+        return store(pages, slots, stream)
+
+    def from_pipeline(self, i, load, slots, pages, stream=None):
+        """What the pipeline holds lies in the row, or in its home: nobody may have written there since."""
+        run = self.server.runs[i]
+        for slot in slots.tolist():
+            if slot in run.pipeline.pages:
+                places = self.row_of(run, slot) if (i, slot // run.pages_per_row) in self.packed else [slot]
+                for place in places:
+                    assert ctypes.string_at(run.pipeline._home(int(place)), PAGE) == bytes([POISON]) * PAGE
+        return load(slots, pages, stream)
+
+    def pages(self, places, layers, first):
+        blocks = first + np.arange(len(places))
+        return self.server.pages(layers, blocks % 40, [divmod(place, 2) for place in places])
+
+    some_places = st.lists(st.integers(0, 3), min_size=1, unique=True)
+    some_layers = st.sampled_from([range(4), range(4), [0], [1, 2], [3]])
+
+    @rule(places=some_places, layers=some_layers, first=st.integers(0, 39), fault=st.sampled_from(" dum"))
+    def store(self, places, layers, first, fault):
+        """``fault``: the driver fails, uninstalled, no memory."""
+        server, (gpu, cpu, sizes) = self.server, self.pages(places, layers, first)
+        server.gpu[:] = np.random.default_rng(self.stored).integers(0, 256, server.gpu.shape, np.uint8)
+        self.stored += 1
+        self.failing, server.worker.storing = fault == "d", fault != "u"
+        for run in server.runs:
+            run.pipeline.no_memory = fault == "m"
+        try:
+            server.store(gpu, cpu, sizes)
+        except RuntimeError:  # what was there before is served, or refused
+            return
+        self.model.update(
+            (to, ctypes.string_at(by, PAGE)) for by, to in zip(gpu.tolist(), cpu.tolist(), strict=True)
+        )
+        self.load(places, layers, first, must=True)
+
+    @rule(places=some_places, layers=some_layers, first=st.integers(0, 39))
+    def load(self, places, layers, first, must=False):
+        server, (gpu, cpu, sizes) = self.server, self.pages(places, layers, first)
+        known = np.array([address in self.model for address in cpu.tolist()])
+        gpu, cpu, sizes = gpu[known], cpu[known], sizes[known]
+        server.gpu[:] = 0
+        try:
+            server.load(cpu, gpu, sizes)
+        except ValueError as error:
+            assert not must and "nothing is stored" in str(error)
+            for address in cpu.tolist():  # one of them is gone; the engine would stop here
+                self.model.pop(address)
+            return
+        for by, to in zip(cpu.tolist(), gpu.tolist(), strict=True):
+            assert ctypes.string_at(to, PAGE) == self.model[by], "a page was served wrong"
+
+
+Calls.TestCase.settings = settings(max_examples=max(200, settings.default.max_examples), stateful_step_count=25)
+TestCalls = Calls.TestCase
 
 
 # --- verify, counters -------------------------------------------------------------------------------------
