@@ -166,5 +166,13 @@ def test_guarantees_name_tests_and_files_that_exist():
     for name, star in named:
         marks = [ast.unparse(decorator) for decorator in tests[name].decorator_list]
         assert ("pytest.mark.gpu" in marks) == bool(star), name
+    names = {
+        target.id
+        for node in nodes
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if hasattr(target, "id")
+    }
+    assert {"TestTransfers", "TestCalls"} <= set(re.findall(r"`(Test\w+)`", text)) <= names
     files = re.findall(r"(?<![\w/])((?:tests|docs|cuszp_cupy)/[\w/-]+(?:\.\w+)?|bench\.py)", text)
     assert files and [name for name in files if not (ROOT / name).exists()] == []
