@@ -33,6 +33,7 @@ from cuszp_cupy import reference
 from cuszp_cupy.evaluation import data
 from cuszp_cupy.format import (
     BLOCK,
+    CODINGS,
     HEADER_BYTES,
     MODES,
     FormatError,
@@ -123,6 +124,14 @@ def sources() -> tuple[list[Case], list[Case], list[Case]]:
             tables.save(Path(folder) / "tables.npz")
             files.append(Case("tables", (Path(folder) / "tables.npz").read_bytes()))
     return kv, cuszp, files
+
+
+@functools.cache
+def large_sources() -> list[Case]:
+    """Return valid pages of two chunks and three streams, for the kernels; the reference is slow with these."""
+    rng, geometry = np.random.default_rng(1), Geometry(16, 2304, parts=(1152, 1152))
+    page = special_page(geometry, "bfloat16", rng)
+    return [Case("kv", encode_page(page, "rms:0.05", coding, geometry=geometry)) for coding in CODINGS]
 
 
 def entropy_blob(fixed: bytes, page: np.ndarray, tables: Tables) -> bytes:

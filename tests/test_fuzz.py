@@ -225,27 +225,30 @@ def verdict(row, slot: bytes, dtype: str, geometry: Geometry, tables: Tables) ->
         return None
 
 
+ONE_CHUNK = 64 * 1024  # bytes of a page that one thread block decodes: it checks all before it writes
+
+
 def compare(verdicts, pages, status, rows) -> None:
-    """Assert that the kernels gave ``verdicts``; that pages they refuse are as before, unless ``entropy``."""
+    """Assert that the kernels gave ``verdicts``; small refused pages are as before, but for ``entropy``."""
     wrong = [i for i, page in enumerate(verdicts) if (page is None) != (status[i] != 0)]
     assert not wrong, f"pages {wrong[:8]}: status {status[wrong[:8]]}, rows {rows[wrong[:8]]}"
     for i, page in enumerate(verdicts):
         if page is not None:
             assert pages[i].tobytes() == page.tobytes(), f"page {i}: row {rows[i]}"
-        elif rows[i][0] >> 20 & 15 != 2:
+        elif rows[i][0] >> 20 & 15 != 2 and pages[i].size <= ONE_CHUNK:
             assert (pages[i] == GUARD).all(), f"page {i} was refused, but written to: row {rows[i]}"
 
 
 def batches(seed: int, count: int):
     """Yield (rows, slots, dtype, geometry, tables) of ``count`` mutated slots in all."""
     sorts = {}
-    for case in fuzz.sources()[0]:
+    for case in fuzz.sources()[0] + fuzz.large_sources():
         header = PageHeader.parse(case.data)
         sorts.setdefault((header.dtype, header.geometry), []).append(case)
     for which, ((dtype, geometry), cases) in enumerate(sorts.items()):
         for tables in dict.fromkeys(case.tables for case in cases):
             mine = [case for case in cases if case.tables in (BUILT_IN, tables)]
-            share = -(-count // (3 * len(sorts)))
+            share = -(-count // (3 * len(sorts) if geometry.groups < 1024 else 100))
             for first in range(0, share, 1000):
                 numbers = range(first, min(first + 1000, share))
                 found = [fuzz.mutated_slot(100 * seed + which, i, mine) for i in numbers]
@@ -266,6 +269,7 @@ class OnGpu:
         with device.stream:
             pages_memory, pages = device.guarded(blank)
             status_memory, status = device.guarded(np.full(num, 77, np.uint32))
+            exchange_memory, exchange = device.guarded(np.zeros(num * kv.EXCHANGE_BYTES, np.uint8))
             memory = [device.guarded(each) for each in inputs]
             slots_ptr, rows_ptr, tables_ptr = (view.data.ptr for _, view in memory)
             starts = np.array([[slots_ptr], [pages.data.ptr + shift]], np.uint64)
@@ -280,8 +284,11 @@ class OnGpu:
                 dtype,
                 geometry,
             )
-            kv.decode(*arguments, aligned=shift % 4 == 0, blocks=64)  # so that each block takes several pages
-            kv.decode_entropy(*arguments, tables, tables_ptr, aligned=shift % 4 == 0, blocks=64)
+            options = {"aligned": shift % 4 == 0, "blocks": 64}  # so that each block takes several pages
+            for _ in range(2):  # what damaged pages leave in the exchange must not disturb the next launch
+                kv.decode(*arguments, exchange_ptr=exchange.data.ptr, **options)
+            kv.decode_entropy(*arguments, tables, tables_ptr, **options)
+            device.unguarded(exchange_memory, num * kv.EXCHANGE_BYTES)
             for (buffer, _), each in zip(memory, inputs, strict=True):
                 assert device.unguarded(buffer, each.nbytes).tobytes() == each.tobytes(), "an input was changed"
             after = device.unguarded(pages_memory, blank.nbytes).reshape(blank.shape)
@@ -304,7 +311,8 @@ def test_the_comparison_with_kernels_fails():
         status = np.array([page is None for page in verdicts], np.uint32)
         compare(verdicts, pages, status, rows)
         refused = [i for i in np.flatnonzero(status) if rows[i, 0] >> 20 & 15 != 2]
-        for i, changes in ((np.flatnonzero(status == 0)[0], (pages, status)), (refused[0], (pages, status))):
+        untouched = (pages, status) if geometry.nbytes <= ONE_CHUNK else (status,)
+        for i, changes in ((np.flatnonzero(status == 0)[0], (pages, status)), (refused[0], untouched)):
             for array in changes:
                 array[i] ^= 1
                 with pytest.raises(AssertionError):
