@@ -234,7 +234,8 @@ def compare(verdicts, pages, status, rows) -> None:
     assert not wrong, f"pages {wrong[:8]}: status {status[wrong[:8]]}, rows {rows[wrong[:8]]}"
     for i, page in enumerate(verdicts):
         if page is not None:
-            assert pages[i].tobytes() == page.tobytes(), f"page {i}: row {rows[i]}"
+            same = pages[i].tobytes() == page.tobytes()  # not in the assert: with CI set, pytest would diff them
+            assert same, f"page {i}: row {rows[i]}"
         elif rows[i][0] >> 20 & 15 != 2 and pages[i].size <= ONE_CHUNK:
             assert (pages[i] == GUARD).all(), f"page {i} was refused, but written to: row {rows[i]}"
 
