@@ -64,7 +64,8 @@ def _turns(samplers, seconds, num_turns, clock) -> dict[str, list[float]]:
 def reached(event) -> bool:
     """Return whether the GPU has come to ``event``; waits for nothing.
 
-    Not CuPy's ``Event.done``, which is the truth value of cudaEventQuery's status: true while it is *not* ready.
+    Raises:
+        CUDARuntimeError: the device failed. Who only asked whether it is done would wait for ever.
     """
     from cupy.cuda import runtime
 
