@@ -171,20 +171,22 @@ class PageTable:
             mine, homes = mine[live], homes[live]
         at = index(mine)
         rows = np.take(self.memory, mine, axis=0)
-        room = np.repeat(counts, counts) * (self.slot_bytes // 16)
-        ends = rows[:, 3] + (rows[:, 1].astype(np.int64) + 15) // 16
-        damaged = (rows[:, 1] > self.page_bytes) | (ends > (room if every else room[live]))
-        if damaged.any():
-            rows[damaged], every = 0, False
-        self.known.view("V16")[at, 0] = rows.view("V16")[:, 0]  # 16 bytes at a time
         nbytes, place = rows[:, 1].astype(np.int64), 16 * rows[:, 3].astype(np.int64)
         kept = (nbytes + 15) & -16
-        self.address[at], self.state[at], self._owner[at] = homes + place, KNOWN, 0
         ends = place + kept  # in its region
+        room = np.repeat(counts, counts) * self.slot_bytes
+        damaged = (nbytes > self.page_bytes) | (ends > (room if every else room[live]))
+        if damaged.any():
+            rows[damaged], every = 0, False
+            for derived in (nbytes, place, kept, ends):
+                derived[damaged] = 0
+        self.known.view("V16")[at, 0] = rows.view("V16")[:, 0]  # 16 bytes at a time
+        self.address[at], self.state[at], self._owner[at] = homes + place, KNOWN, 0
+        upto = ends
         if not every:
-            ends = np.zeros(slots.size, np.int64)
-            ends[live] = place + kept
-        used = np.maximum.reduceat(ends, first) if slots.size else ends
+            upto = np.zeros(slots.size, np.int64)
+            upto[live] = ends
+        used = np.maximum.reduceat(upto, first) if slots.size else upto
         if self.arena:
             self._held[at] = kept
             outer, sizes = hosts - self.base, counts * self.slot_bytes
