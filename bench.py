@@ -27,13 +27,20 @@ from cuszp_cupy.pipeline import TRANSPORTS
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     result = argparse.ArgumentParser(prog="bench.py", description=__doc__.partition("\n")[0])
-    result.add_argument("--quick", action="store_true", help="fewer rows, in a few seconds")
-    result.add_argument(
-        "--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions"
-    )
-    result.add_argument("--plot", metavar="FILE", type=_output, help="draw rate against error (needs matplotlib)")
-    result.add_argument("--device", metavar="N", type=int, help="which GPU (default: the current one, 0)")
+    _add_shared(result, quick="fewer rows, in a few seconds", plot="rate against error")
+    _add_device(result)
     return result
+
+
+def _add_shared(result, quick: str, plot: str) -> None:
+    add = result.add_argument
+    add("--quick", action="store_true", help=quick)
+    add("--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions")
+    add("--plot", metavar="FILE", type=_output, help=f"draw {plot} (needs matplotlib)")
+
+
+def _add_device(result) -> None:
+    result.add_argument("--device", metavar="N", type=int, help="which GPU (default: the current one, 0)")
 
 
 def swap_parser() -> argparse.ArgumentParser:
@@ -42,13 +49,7 @@ def swap_parser() -> argparse.ArgumentParser:
         prog="bench.py swap",
         description="Pages to pinned host memory and back: speed, and the tax on other work.",
     )
-    result.add_argument("--quick", action="store_true", help="pages of 64 KiB only, within a minute")
-    result.add_argument(
-        "--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions"
-    )
-    result.add_argument(
-        "--plot", metavar="FILE", type=_output, help="draw speed against page size (needs matplotlib)"
-    )
+    _add_shared(result, quick="pages of 64 KiB only, within a minute", plot="speed against page size")
     result.add_argument("--bound", type=_bound, default="rms:0.05", help="error bound (default: %(default)s)")
     result.add_argument("--coding", choices=codec.KV_CODINGS, default="fixed", help="(default: %(default)s)")
     result.add_argument(
@@ -60,7 +61,7 @@ def swap_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--soak", metavar="MINUTES", type=_positive, help="only this: random use, every loaded page checked"
     )
-    result.add_argument("--device", metavar="N", type=int, help="which GPU (default: the current one, 0)")
+    _add_device(result)
     return result
 
 
@@ -89,18 +90,9 @@ def accuracy_parser() -> argparse.ArgumentParser:
         action="append",
         help="instead of the usual ones: rms:0.05, or rms:0.05/rms:0.1 for K and V; can be repeated",
     )
-    result.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"{accuracy.QUICK_WINDOWS} windows and fewer bounds, unless they are given",
-    )
-    result.add_argument(
-        "--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions"
-    )
-    result.add_argument(
-        "--plot", metavar="FILE", type=_output, help="draw KL against bits a value (needs matplotlib)"
-    )
-    result.add_argument("--device", metavar="N", type=int, help="which GPU (default: the current one, 0)")
+    quick = f"{accuracy.QUICK_WINDOWS} windows and fewer bounds, unless they are given"
+    _add_shared(result, quick=quick, plot="KL against bits a value")
+    _add_device(result)
     return result
 
 
@@ -141,9 +133,9 @@ def serve_parser() -> argparse.ArgumentParser:
     add("--processes", choices=("one", "fork", "spawn"),
         help="all in one, which times transfers (default), or as vLLM starts its own")  # fmt: skip
     add("--tensor-parallel", metavar="N", type=_count, default=1, help="GPUs (default: 1)")
-    add("--quick", action="store_true", help="one repeat, and a quarter of the prompts")
-    add("--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions")
-    add("--plot", metavar="FILE", type=_output, help="draw requests/s and time to first token (needs matplotlib)")
+    _add_shared(
+        result, quick="one repeat, and a quarter of the prompts", plot="requests/s and time to first token"
+    )
     return result
 
 
