@@ -40,40 +40,27 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? BLOCKS : 1) kv_decode(
         const uint4 row = rows[index];
         const u8* const payload = (const u8*)payloads[index] + 16ull * row.w;
         u16* const page = (u16*)pages[index];
-        const int s0 = (int)(row.x & 1023) - STEP_BIAS, s1 = (int)(row.x >> 10 & 1023) - STEP_BIAS;
-        const u32 coding = row.x >> 20, bytes = row.y;
-        const bool raw = coding == CODING_RAW;
-        const bool row_good = raw ? bytes == 2 * values && s0 == 0 && s1 == 0
-                                  : coding == CODING_FIXED && bytes % 4 == 0 && bytes >= 4 * first_word &&
-                                        bytes < 2 * values && abs(s0) <= STEP_LIMIT &&
-                                        abs(s1) <= (kw == period ? 0 : STEP_LIMIT);
-        if (!row_good) {   // the same for all threads
+        const Row said(row, g);
+        const u32 bytes = said.bytes;
+        if (!said.good) {   // the same for all threads
             if (tid == 0) status[index] = BAD_ROW;
             continue;
         }
         const u32 all_words = (bytes + 3) / 4;
         u64 check = tid == 0 ? header_terms<T>(g, row.x, bytes) : 0;
         u32 bad = 0;
-        if (tid < 2) shared.grid[tid] = Grid(tid ? s1 : s0);
+        if (tid < 2) shared.grid[tid] = Grid(tid ? said.s1 : said.s0);
         do {   // once; left where the page is damaged. This thread's groups: tid, and tid + blockDim.x
             u32 at = 0, words_before = 0;
-            if (raw) {
+            if (said.raw) {
                 check += load_words(payload, bytes, 0, all_words, image4);
                 __syncthreads();
             } else {
                 check += load_words(payload, bytes, 0, first_word, (uint4*)shared.codes);
                 check += load_words(payload, bytes, first_word, all_words - first_word, image4);
                 __syncthreads();
-                u32 both = 0;   // words of the first group, and of the second in the upper half
-                #pragma unroll
-                for (u32 h = 0; h < 2; h++) {
-                    const u32 i = h * blockDim.x + tid;
-                    const u32 code = i < 8 * first_word ? code_of(shared, i) : 0;
-                    if (code && i >= groups) bad |= BAD_CODES;
-                    both |= code_words(code) << 16 * h;
-                }
                 u32 sums;
-                at = block_scan(both, shared.scan, sums);
+                at = scan_words(shared, 8 * first_word, groups, sums, bad);
                 words_before = sums & 0xffffu;
                 if (first_word + words_before + (sums >> 16) != all_words) {
                     bad |= BAD_CODES;   // the same for all threads: nothing more is read
@@ -89,25 +76,10 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? BLOCKS : 1) kv_decode(
             bad = __reduce_or_sync(FULL, lane < blockDim.x >> 5 ? shared.bad[lane] : 0);
             if (residue(check) != row.z) bad |= BAD_CHECKSUM;
             if (bad) break;
-            if (raw) {
-                if ((u64)page % 16 == 0) {
-                    for (u32 i = tid; i < values / 8; i += blockDim.x) ((uint4*)page)[i] = image4[i];
-                    for (u32 i = values / 8 * 8 + tid; i < values; i += blockDim.x) page[i] = ((u16*)image)[i];
-                } else {
-                    for (u32 i = tid; i < values; i += blockDim.x) page[i] = ((u16*)image)[i];
-                }
+            if (said.raw) {
+                write_raw(page, values, image4);
             } else {
-                #pragma unroll 1   // one group in registers at a time
-                for (u32 h = 0; h < 2; h++) {
-                    const u32 i = h * blockDim.x + tid;
-                    const bool present = i < groups;
-                    u32 part = 0, offset = 0;
-                    if (FAST) offset = g.locate(i, part);
-                    else if (present) offset = g.offset(i), part = g.part(i);
-                    dequantise<T, FAST>(image + (h ? words_before + (at >> 16) : at & 0xffffu),
-                                        present ? code_of(shared, i) : 0, shared.grid[part],
-                                        Writer<FAST>{page, g, present, offset});
-                }
+                write_groups<T, FAST>(shared, g, 0, image, at & 0xffffu, words_before + (at >> 16), page);
             }
         } while (false);
         if (tid == 0) status[index] = bad;

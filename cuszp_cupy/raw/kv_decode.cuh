@@ -12,6 +12,23 @@ struct Shared {
     u32 scan[MAX_WARPS], bad[MAX_WARPS];
 };
 
+// What a table row says (2.1).
+struct Row {
+    u32 bytes;   // of the payload
+    bool raw;
+    int s0, s1;
+    bool good;   // could be an encoder's, as far as the row alone shows
+
+    __device__ Row(const uint4& row, const Geometry& g) : bytes(row.y) {
+        const u32 coding = row.x >> 20;
+        raw = coding == CODING_RAW;
+        s0 = (int)(row.x & 1023) - STEP_BIAS, s1 = (int)(row.x >> 10 & 1023) - STEP_BIAS;
+        good = raw ? bytes == 2 * g.values && s0 == 0 && s1 == 0
+                   : coding == CODING_FIXED && bytes % 4 == 0 && bytes >= g.code_bytes() && bytes < 2 * g.values &&
+                         abs(s0) <= STEP_LIMIT && abs(s1) <= (g.kw == g.period ? 0 : STEP_LIMIT);
+    }
+};
+
 // Width code i of the chunk.
 __device__ inline u32 code_of(const Shared& shared, u32 i) { return ((const u8*)shared.codes)[i / 2] >> i % 2 * 4 & 15; }
 
@@ -101,5 +118,46 @@ __device__ void dequantise(const u32* words, u32 code, const Grid& grid, const W
         const float b = __uint_as_float(__byte_perm(q, MAGIC_BITS, 0x7432));
         const u32 y = Storage<T>::pack(grid.point(a), grid.point(b)) | (v[i] & 0x80008000u);
         put(i, code == CODE_ESCAPE ? v[i] : y);
+    }
+}
+
+// Words of a chunk before this thread's first group, and in the upper half the words of second groups before its
+// second; the sums over the block to `sums`. Of `codes` width codes, those from `groups` on must be 0.
+__device__ inline u32 scan_words(Shared& shared, u32 codes, u32 groups, u32& sums, u32& bad) {
+    u32 both = 0;
+    #pragma unroll
+    for (u32 h = 0; h < 2; h++) {
+        const u32 i = h * blockDim.x + threadIdx.x;
+        const u32 code = i < codes ? code_of(shared, i) : 0;
+        if (code && i >= groups) bad |= BAD_CODES;
+        both |= code_words(code) << 16 * h;
+    }
+    return block_scan(both, shared.scan, sums);
+}
+
+// `count` raw values of the image to a page.
+__device__ inline void write_raw(u16* page, u32 count, const uint4* image) {
+    u32 done = 0;
+    if ((u64)page % 16 == 0) {
+        for (u32 i = threadIdx.x; i < count / 8; i += blockDim.x) ((uint4*)page)[i] = image[i];
+        done = count / 8 * 8;
+    }
+    for (u32 i = done + threadIdx.x; i < count; i += blockDim.x) page[i] = ((const u16*)image)[i];
+}
+
+// This thread's groups to a page: the chunk's groups threadIdx.x, and threadIdx.x + blockDim.x, whose words begin
+// at `first` and at `second` of the image. `before` groups lie in the chunks before.
+template <typename T, bool FAST>
+__device__ void write_groups(
+    const Shared& shared, const Geometry& g, u32 before, const u32* image, u32 first, u32 second, u16* page) {
+    #pragma unroll 1   // one group in registers at a time
+    for (u32 h = 0; h < 2; h++) {
+        const u32 i = h * blockDim.x + threadIdx.x, group = before + i;
+        const bool present = group < g.groups;
+        u32 part = 0, offset = 0;
+        if (FAST) offset = g.locate(group, part);
+        else if (present) offset = g.offset(group), part = g.part(group);
+        dequantise<T, FAST>(image + (h ? second : first), present ? code_of(shared, i) : 0, shared.grid[part],
+                            Writer<FAST>{page, g, present, offset});
     }
 }

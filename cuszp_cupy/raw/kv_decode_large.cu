@@ -44,14 +44,9 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
         const uint4 row = rows[index];
         const u8* const payload = (const u8*)payloads[index] + 16ull * row.w;
         u16* const page = (u16*)pages[index];
-        const int s0 = (int)(row.x & 1023) - STEP_BIAS, s1 = (int)(row.x >> 10 & 1023) - STEP_BIAS;
-        const u32 coding = row.x >> 20, bytes = row.y;
-        const bool raw = coding == CODING_RAW;
-        const bool row_good = raw ? bytes == 2 * values && s0 == 0 && s1 == 0
-                                  : coding == CODING_FIXED && bytes % 4 == 0 && bytes >= 4 * first_word &&
-                                        bytes < 2 * values && abs(s0) <= STEP_LIMIT &&
-                                        abs(s1) <= (kw == period ? 0 : STEP_LIMIT);
-        if (!row_good) {   // the same for all threads
+        const Row said(row, g);
+        const u32 bytes = said.bytes;
+        if (!said.good) {   // the same for all threads
             if (tid == 0 && chunk == 0) status[index] = BAD_ROW;
             continue;
         }
@@ -59,8 +54,8 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
         u64 check = tid == 0 && chunk == 0 ? header_terms<T>(g, row.x, bytes) : 0;
         u32 bad = 0, words = 0;   // in the chunks before
         __syncthreads();   // nobody is at work on the chunk before any more
-        if (tid < 2) shared.grid[tid] = Grid(tid ? s1 : s0);
-        if (!raw && chunk) {
+        if (tid < 2) shared.grid[tid] = Grid(tid ? said.s1 : said.s0);
+        if (!said.raw && chunk) {
             for (u32 i = tid; i < chunk * blockDim.x / 16; i += blockDim.x) {
                 const uint4 w = ((const uint4*)payload)[i];
                 words += words_of(w.x) + words_of(w.y) + words_of(w.z) + words_of(w.w);
@@ -72,7 +67,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
             const u32 first_group = 2 * chunk * blockDim.x;   // this thread's: first_group + tid, and + blockDim.x
             const bool last = chunk + 1 == chunks;
             u32 at = 0, words_before = 0;
-            if (raw) {
+            if (said.raw) {
                 const u32 begin = chunk * blockDim.x * 32;
                 check += load_words(payload, bytes, begin, min(all_words - begin, blockDim.x * 32), image4);
                 __syncthreads();
@@ -80,16 +75,8 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
                 const u32 code_words_here = min(blockDim.x, 4 * first_word - chunk * blockDim.x) / 4;
                 check += load_words(payload, bytes, chunk * blockDim.x / 4, code_words_here, (uint4*)shared.codes);
                 __syncthreads();
-                u32 both = 0;   // words of the first group, and of the second in the upper half
-                #pragma unroll
-                for (u32 h = 0; h < 2; h++) {
-                    const u32 i = h * blockDim.x + tid;
-                    const u32 code = i < 8 * code_words_here ? code_of(shared, i) : 0;
-                    if (code && first_group + i >= groups) bad |= BAD_CODES;
-                    both |= code_words(code) << 16 * h;
-                }
                 u32 sums;
-                at = block_scan(both, shared.scan, sums);
+                at = scan_words(shared, 8 * code_words_here, groups - first_group, sums, bad);
                 words_before = sums & 0xffffu;
                 const u32 chunk_words = words_before + (sums >> 16);
                 const u32 start = first_word + words;
@@ -101,26 +88,11 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
                 check += load_words(payload, bytes, start, chunk_words, image4);
                 __syncthreads();
             }
-            if (raw) {
+            if (said.raw) {
                 const u32 begin = chunk * blockDim.x * 64, count = min(values - begin, blockDim.x * 64);
-                if ((u64)page % 16 == 0) {
-                    for (u32 i = tid; i < count / 8; i += blockDim.x) ((uint4*)(page + begin))[i] = image4[i];
-                    for (u32 i = count / 8 * 8 + tid; i < count; i += blockDim.x) page[begin + i] = ((u16*)image)[i];
-                } else {
-                    for (u32 i = tid; i < count; i += blockDim.x) page[begin + i] = ((u16*)image)[i];
-                }
+                write_raw(page + begin, count, image4);
             } else {
-                #pragma unroll 1   // one group in registers at a time
-                for (u32 h = 0; h < 2; h++) {
-                    const u32 i = h * blockDim.x + tid, group = first_group + i;
-                    const bool present = group < groups;
-                    u32 part = 0, offset = 0;
-                    if (FAST) offset = g.locate(group, part);
-                    else if (present) offset = g.offset(group), part = g.part(group);
-                    dequantise<T, FAST>(image + (h ? words_before + (at >> 16) : at & 0xffffu),
-                                        present ? code_of(shared, i) : 0, shared.grid[part],
-                                        Writer<FAST>{page, g, present, offset});
-                }
+                write_groups<T, FAST>(shared, g, first_group, image, at & 0xffffu, words_before + (at >> 16), page);
             }
         } while (false);
         check = warp_check(check);
