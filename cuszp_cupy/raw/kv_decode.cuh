@@ -7,7 +7,7 @@
 
 struct Shared {
     Grid grid[2];   // of the parts
-    u32 codes[MAX_THREADS / 4];
+    __align__(16) u32 codes[MAX_THREADS / 4];
     u64 check[MAX_WARPS];
     u32 scan[MAX_WARPS], bad[MAX_WARPS];
 };

@@ -15,7 +15,7 @@ struct PartBound {
 
 // What the threads of a block share about a page. thread 0 clears it between two barriers.
 struct Shared {
-    u32 codes[MAX_THREADS / 4];   // width codes of a chunk, one byte a thread
+    __align__(16) u32 codes[MAX_THREADS / 4];   // width codes of a chunk, one byte a thread
     u32 scan[MAX_WARPS];
     u32 top[2], bottom[2];        // 2.7. rms: largest t. rel: keys of the largest value and of the smallest, negated
     u32 fine[2];                  // 1000 - exponent of the lowest bit set in a sample of the values; UNKNOWN
