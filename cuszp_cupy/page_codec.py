@@ -100,7 +100,8 @@ class PageCodec:
         then brought to the device first.
         """
         sort, entropy = (self.dtype, self.geometry), self.coding == "entropy"
-        for first, count in _batches(num_pages, scratch):
+        needed = kv.num_chunks(self.geometry) > 1 or (entropy and on_host)
+        for first, count in _batches(num_pages, scratch if needed else None):
             payloads, rows = payloads_ptr + 8 * first, rows_ptr + 16 * first
             pages, status = pages_ptr + 8 * first, status_ptr + 4 * first
             if entropy and on_host:

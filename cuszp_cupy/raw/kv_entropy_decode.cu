@@ -10,7 +10,7 @@
 //        add up)
 //   FAST: token groups, pages 4-byte aligned
 //   grid any (pages are taken in turn)     block  32 to ENTROPY_THREADS     shared  DECODE_BYTES a part in tables and
-//        2048 bytes a warp
+//        2304 bytes a warp
 //
 // Guarantee: the page that reference.decode_page returns. Whatever row, payload and tables of right size hold, nothing
 // outside the payload and the page is touched; a page whose row or checksum is wrong is not written at all.
@@ -22,16 +22,35 @@
 #define BAD_CHECKSUM 4u
 #define BAD_TABLES 8u
 
-// A lane's coder.
+// A lane's coder. The stream's next half-words lie in a ring of the warp: half-word i of the payload in place i % 128.
 struct Decoder {
-    const u16* half_words;   // of the payload
-    u32 position, limit;     // the next half-word, the same for all lanes; the last one of the stream
+    const u32* words;     // of the payload
+    u32 last_word;        // of the payload: reads of damaged streams stop there
+    u32* ring;
+    u32 position, ahead;  // the next half-word, the same for all lanes; this lane's word of the 64 half-words after the ring's
     u32 x;
 
+    __device__ u32 word(u32 chunk) const { return words[min(32 * chunk + (threadIdx.x & 31), last_word)]; }
+    __device__ void open(u32 from) {
+        const u32 lane = threadIdx.x & 31, chunk = from / 64;
+        position = from;
+        __syncwarp();
+        for (u32 i = 0; i < 2; i++) ring[32 * (chunk + i & 1) + lane] = word(chunk + i);
+        ahead = word(chunk + 2);
+        __syncwarp();
+    }
     __device__ void refill(bool need) {
         const u32 who = __ballot_sync(FULL, need), lane = threadIdx.x & 31;
-        if (need) x = x << 16 | half_words[min(position + __popc(who & ((1u << lane) - 1)), limit)];
+        const u32 next = ((const u16*)ring)[(position + __popc(who & ((1u << lane) - 1))) & 127];
+        if (need) x = x << 16 | next;
+        const u32 before = position;
         position += __popc(who);
+        if ((position ^ before) & 64) {   // the same for all lanes
+            __syncwarp();
+            ring[(before & 64) / 2 + lane] = ahead;
+            ahead = word(position / 64 + 2);
+            __syncwarp();
+        }
     }
     __device__ void refill() { refill(x < LOWEST_STATE); }
     // The F, C << 16 and so on of the symbol (kv_entropy.cuh).
@@ -116,14 +135,15 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
     const uint4* __restrict__ tables, const signed char* __restrict__ hints, u32 tables_id, u32 digest, u32 parts_in_tables,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer) {
-    extern __shared__ uint4 shared4[];   // tables, then 16 words a lane
+    extern __shared__ uint4 shared4[];   // tables, then a ring and 16 words a lane for each warp
     __shared__ u64 shared_check[ENTROPY_WARPS];
     __shared__ u32 shared_bad[ENTROPY_WARPS];
     const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
     const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warps = blockDim.x >> 5;
     const u32 streams = num_streams(groups);
     const u8* const table0 = (const u8*)shared4;
-    u32* const stage = (u32*)(table0 + parts_in_tables * DECODE_BYTES) + 512 * warp + lane;   // word i: stage[32 i]
+    u32* const ring = (u32*)(table0 + parts_in_tables * DECODE_BYTES) + 576 * warp;
+    u32* const stage = ring + 64 + lane;   // word i: stage[32 i]
 
     for (u32 p = 0; p < parts_in_tables; p++) {
         for (u32 i = tid; i < DECODE_BYTES / 16; i += blockDim.x)
@@ -175,7 +195,9 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
             start += count;
             if (number % warps != warp) continue;
             const Stream s(number, groups);
-            Decoder decoder = {half_words, here_start + 2 * s.lanes, start - 1, LOWEST_STATE};
+            Decoder decoder = {(const u32*)payload, bytes / 4 - 1, ring};
+            decoder.open(here_start + 2 * s.lanes);
+            decoder.x = LOWEST_STATE;
             if (lane < s.lanes) {
                 const u16* const first = half_words + here_start + 2 * lane;
                 decoder.x = first[0] | (u32)first[1] << 16;
