@@ -54,7 +54,8 @@ def compress(x, bound, mode: str = "fixed", *, engine: str = "kernels") -> Compr
         engine: ``kernels`` (ours), or ``library``: the user's libcuSZp (``raw/library.py``), which waits
             for the device.
 
-    Runs on the current stream. Waits for it only if the bound is ``rel`` or ``rms``, to learn eb.
+    Runs on the current stream. Waits for it only if the bound is ``rel`` or ``rms``, to learn eb. With float32
+    the kernels take eb from 1.18e-38 to 4.25e+37: neither it nor its inverse may be a denormal.
 
     Raises:
         TypeError: another dtype, or no array on a CUDA device.    ValueError: not contiguous, too large, or
@@ -74,6 +75,7 @@ def compress(x, bound, mode: str = "fixed", *, engine: str = "kernels") -> Compr
 
         data, nbytes = library.compress_array(x, eb, mode)
         return Compressed(data, x.shape, x.dtype, eb, mode, engine, nbytes=nbytes)
+    check_kernel_eb(eb, x.dtype.name)
     data = cupy.empty(max_stream_bytes(x.size), cupy.uint8)
     size = cupy.empty(1, cupy.uint64)
     if x.size == 0:
@@ -146,6 +148,7 @@ class Compressed:
             return out
         from .raw import cuszp
 
+        check_kernel_eb(self.eb, self.dtype.name)
         status = cupy.zeros(1, cupy.uint32)
         cuszp.decompress(
             self.data.data.ptr, self.data.size, self.n, self.dtype.name, self.eb, self.mode, out.data.ptr,
@@ -544,6 +547,16 @@ def _absolute(bound: Bound, x) -> float:
             f"{x.dtype.name}; pass abs:E with a usable E"
         )
     return rounded
+
+
+def check_kernel_eb(eb: float, dtype: str) -> None:
+    """Raise ValueError if the kernels cannot compute with eb: compiled by CuPy they take denormals for zeros."""
+    tiny = float(np.finfo(np.float32).tiny)
+    if dtype == "float32" and not tiny <= eb <= 0.5 / tiny:
+        raise ValueError(
+            f"eb: the kernels take {tiny:.3g} to {0.5 / tiny:.3g} with float32, got {eb:.6g}; "
+            "use the reference, engine 'library', or float64"
+        )
 
 
 _workspaces: dict[tuple[int, int], object] = {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cuszp_cupy
-from cuszp_cupy import FormatError, Geometry, decode_pages, encode_pages, reference
+from cuszp_cupy import FormatError, Geometry, codec, decode_pages, encode_pages, reference
 from cuszp_cupy.format import step_size
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -461,3 +461,12 @@ def test_without_a_usable_gpu_the_error_says_what_to_do(monkeypatch, reason, adv
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(RuntimeError, match=f"no usable GPU.*{advice}"):
         encode_pages([np.zeros((16, 2), np.float16)])
+
+
+def test_bounds_that_the_kernels_cannot_compute_with():
+    for eb in (1.2e-38, 4.2e37):
+        codec.check_kernel_eb(eb, "float32")
+    for eb in (1.1e-38, 4.4e37):  # a denormal; one whose inverse is
+        codec.check_kernel_eb(eb, "float64")
+        with pytest.raises(ValueError, match="kernels take 1.18e-38 to 4.25e"):
+            codec.check_kernel_eb(eb, "float32")

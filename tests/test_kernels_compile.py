@@ -40,7 +40,7 @@ def load_nvrtc() -> ctypes.CDLL:
 def compile_kernel(text: str, expression: str, architecture: str) -> tuple[int, str]:
     """Compile one kernel to machine code; return NVRTC's status (0: success) and its log with ptxas -v."""
     nvrtc, program = load_nvrtc(), ctypes.c_void_p()
-    options = [*raw.OPTIONS, f"-arch={architecture}", "--ptxas-options=-v"]
+    options = [*raw.OPTIONS, "-ftz=true", f"-arch={architecture}", "--ptxas-options=-v"]  # ftz: as CuPy does
     options = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), None, 0, None, None) == 0
     try:

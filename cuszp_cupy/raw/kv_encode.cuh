@@ -34,13 +34,17 @@ struct Shared {
 };
 #define UNKNOWN 0xffffffffu
 
-// Floats in an order-preserving way, so that integer maxima serve.
-__device__ inline u32 float_key(float x) {
-    u32 b = __float_as_uint(x);
-    return b ^ ((int)b >> 31 | 0x80000000u);
-}
-__device__ inline float key_float(u32 key) {
-    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+// Denormals: CuPy compiles all kernels with -ftz=true, so arithmetic and comparisons of float take them for zeros. Where
+// that matters, bits are looked at.
+
+// A float's bits in an order-preserving way, so that integer maxima serve.
+__device__ inline u32 float_key(u32 b) { return b ^ ((int)b >> 31 | 0x80000000u); }
+__device__ inline u32 key_bits(u32 key) { return key & 0x80000000u ? key ^ 0x80000000u : ~key; }
+
+// The value of a finite float's bits; exact.
+__device__ inline double to_double(u32 b) {
+    const double magnitude = b << 1 >> 24 ? (double)__uint_as_float(b & 0x7fffffffu) : __dmul_rn((b & 0x7fffffu), 0x1p-149);
+    return (int)b < 0 ? -magnitude : magnitude;
 }
 
 // 1000 - exponent of the lowest bit set in x; 0 for zeros. Denormals count as finer than they are, which is finer
@@ -137,7 +141,7 @@ struct Page {
             float x = Storage<T>::lo(v), y = Storage<T>::hi(v);
             x = finite(x) ? x : 0;
             y = finite(y) ? y : 0;
-            nonzero |= x != 0 || y != 0;
+            nonzero |= ((__float_as_uint(x) | __float_as_uint(y)) & 0x7fffffffu) != 0;
             a = __fmaf_rn(x, x, a);
             b = __fmaf_rn(y, y, b);
         }
@@ -158,8 +162,8 @@ struct Page {
                 const bool good = finite(x[j]);
                 const bool counts = good && (FAST || (first + h) * 32 + 2 * i + j < g.values);   // no padding
                 all_finite &= good;
-                top = max(top, counts ? float_key(x[j]) : 0);
-                bottom = max(bottom, counts ? float_key(-x[j]) : 0);
+                top = max(top, counts ? float_key(__float_as_uint(x[j])) : 0);
+                bottom = max(bottom, counts ? float_key(__float_as_uint(x[j]) ^ 0x80000000u) : 0);
             }
         }
         return all_finite;
@@ -221,9 +225,10 @@ struct Page {
 template <typename T>
 __device__ bool on_grid(float x, int s, bool& escaped) {
     const Quantiser quantiser(s);
-    x = fabsf(x);
+    const u32 magnitude = __float_as_uint(x) & 0x7fffffffu;
+    x = __uint_as_float(magnitude);
     escaped |= quantiser.escapes<T>(x);
-    return Grid(s).point(__uint_as_float(quantiser(x))) == x;
+    return __float_as_uint(Grid(s).point(__uint_as_float(quantiser(x)))) == magnitude;
 }
 
 // 2.8, exactly: those bits of shared.maybe_seen on whose grids all groups of this thread among [begin, end) lie.
@@ -345,10 +350,10 @@ __device__ void choose_step(u32 p, const PartBound& bound, Shared& shared) {
             s = step_number(__dmul_rn(bound.factor, sum), exponent - 20, true);
         }
     } else if (bound.kind == KIND_REL) {
-        const float highest = key_float(shared.top[p]), lowest = -key_float(shared.bottom[p]);
-        const double two_eb = __dmul_rn(bound.factor, __dsub_rn((double)highest, (double)lowest));
-        const float largest = fmaxf(fabsf(highest), fabsf(lowest));
-        limit = (int)(__float_as_uint(largest) >> 23) - 126;
+        const u32 highest = key_bits(shared.top[p]), lowest = key_bits(shared.bottom[p]);   // lowest: negated
+        const double two_eb = __dmul_rn(bound.factor, __dadd_rn(to_double(highest), to_double(lowest)));
+        const u32 largest = max(highest & 0x7fffffffu, lowest & 0x7fffffffu);
+        limit = (int)(largest >> 23) - 126;
         zeros = shared.top[p] == 0 || largest == 0;   // no finite value, or none but zeros
         s = zeros ? 0 : two_eb > 0 ? step_number(two_eb, 0, false) : NO_STEP;
     }
