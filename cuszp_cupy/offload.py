@@ -7,6 +7,7 @@ Knows vLLM's terms, but imports neither vLLM nor torch: ``vllm_patch`` brings th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -668,8 +669,8 @@ def fetch(addresses: np.ndarray, out: np.ndarray) -> None:
 
     nbytes, addresses = out.strides[0], addresses.astype(np.int64)
     places = out.ctypes.data + np.arange(len(out)) * nbytes
-    first = copy_runs(places, addresses, np.full(len(out), nbytes))
-    for begin, end in zip(first, [*first[1:], len(out)], strict=True):
+    edges = copy_runs(places, addresses, np.full(len(out), nbytes))
+    for begin, end in itertools.pairwise(edges):
         pitch = int(addresses[begin + 1] - addresses[begin]) if end > begin + 1 else nbytes
         runtime.memcpy2DAsync(
             int(places[begin]), nbytes, int(addresses[begin]), pitch, nbytes, int(end - begin),

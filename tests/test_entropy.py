@@ -584,6 +584,8 @@ class OnGpu:
         if shared_region:
             payload_addresses[:] = payload_addresses[0]
         cursors = cupy.zeros(1, cupy.uint32)
+        exchange = cupy.zeros(n * kernels.EXCHANGE_BYTES, cupy.uint8)
+        sizes = cupy.zeros(n * kernels.num_chunks(self.geometry), cupy.uint32)
         fixed_rows, rows = (cupy.zeros((n, 4), cupy.uint32) for _ in range(2))
         bounds = reference.parse_parts(bound, len(self.geometry.part_values))
         kernels.encode(
@@ -594,6 +596,8 @@ class OnGpu:
             *self.common,
             bounds,
             aligned=False,
+            exchange_ptr=exchange.data.ptr,
+            sizes_ptr=sizes.data.ptr,
         )
         destination = cupy.asarray(payload_addresses)
         kernels.encode_entropy(
@@ -626,7 +630,8 @@ class OnGpu:
         page_addresses = cupy.asarray(page_addresses + np.uint64(self.shift))
         status = cupy.full(n, 77, cupy.uint32)
         pointers = (addresses.data.ptr, rows.data.ptr, page_addresses.data.ptr, status.data.ptr, n)
-        self.kernels.decode(*pointers, *self.common, aligned=False)
+        exchange = cupy.zeros(n * self.kernels.EXCHANGE_BYTES, cupy.uint8)
+        self.kernels.decode(*pointers, *self.common, aligned=False, exchange_ptr=exchange.data.ptr)
         self.kernels.decode_entropy(*pointers, *self.common, self.tables, self.memory.data.ptr, **self.keywords)
         memory, size = pages_.get(), self.geometry.nbytes
         assert (memory[:, : self.shift] == 0xA5).all() and (memory[:, self.shift + size :] == 0xA5).all()

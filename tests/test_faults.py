@@ -143,21 +143,21 @@ def test_two_pipelines_when_device_memory_runs_out():
     """The second one is refused, with what to do; the first one goes on; later there is room for both."""
     import cupy
 
-    pool, first = cupy.get_default_memory_pool(), Stored()
-    first.check()
-    pool.free_all_blocks()
-    try:
+    pool = cupy.cuda.MemoryPool()  # with no free memory left by other tests
+    with cupy.cuda.using_allocator(pool.malloc):
+        first = Stored()
+        first.check()
+        pool.free_all_blocks()
         pool.set_limit(size=pool.total_bytes() + GEOMETRY.nbytes)
         with pytest.raises(MemoryError, match="lower ring_bytes"):
             make_pipeline()
         first.check()
-    finally:
         pool.set_limit(size=0)
-    second = Stored()
-    first.check()
-    second.check()
-    first.swap.close()
-    second.check()
+        second = Stored()
+        first.check()
+        second.check()
+        first.swap.close()
+        second.check()
     second.swap.close()
 
 

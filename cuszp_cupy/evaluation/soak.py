@@ -40,7 +40,7 @@ class Model:
         return np.flatnonzero(self.content >= 0)
 
 
-def library(bound: str) -> tuple[np.ndarray, np.ndarray, swap.PageSet]:
+def library(bound: str, coding: str) -> tuple[np.ndarray, np.ndarray, swap.PageSet]:
     """Return pages of all kinds and what they decode to, as (n, values) uint16: real ones, zeros, NaNs, noise."""
     pages = swap.page_set(PAGE_KIB)
     bits, rng = pages.pages.view(np.uint16), np.random.default_rng(0)
@@ -48,7 +48,8 @@ def library(bound: str) -> tuple[np.ndarray, np.ndarray, swap.PageSet]:
     special[0], special[1] = 0, 0x7FC0
     special[2, :, ::7] = bits[0, :, ::7]
     x = np.concatenate([bits, special])
-    blobs = [reference.encode_page(p.view(pages.pages.dtype), bound, geometry=pages.geometry) for p in x]
+    sort = {"bound": bound, "coding": coding, "geometry": pages.geometry}
+    blobs = [reference.encode_page(p.view(pages.pages.dtype), **sort) for p in x]
     decoded = np.stack([reference.decode_page(blob).view(np.uint16) for blob in blobs])
     return x.reshape(len(x), -1), decoded.reshape(len(x), -1), pages
 
@@ -73,7 +74,7 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     """
     import cupy
 
-    x, decoded, pages = library(bound)
+    x, decoded, pages = library(bound, coding)
     geometry, size, rng = pages.geometry, pages.geometry.nbytes, np.random.default_rng(seed)
     host = pinned(NUM_SLOTS * size)
     common = {"num_slots": NUM_SLOTS, "transport": "auto", "ring_bytes": RING_BYTES}
