@@ -232,6 +232,7 @@ def test_summary_counts_requests_a_second_and_percentiles():
     ]
     row, other = serve.summary({"rounds": rounds})
     assert row["requests_per_s"] == pytest.approx(8 / 3) and row["first_token_ms_p50"] == 4.5
+    assert row["first_token_ms_percentiles"][::10] == [1, 4.5, 8] and len(serve.PERCENTILES) == 21
     assert row["spread_percent"] == 16.7 and row["cached_share"] == 0.875  # rates 2 and 4: quartiles 2.5 and 3.5
     assert other["spread_percent"] is None and other["prompt_tokens"] == "9"
 

@@ -38,6 +38,7 @@ LLAMA_1B = LLAMA_8B | {  # 16 layers, 8 KV heads of 64
 SHAPES = {"llama-8b": LLAMA_8B, "llama-1b": LLAMA_1B}
 FIRST_LOGPROBS = 100  # most likely first tokens that distributions are compared on
 PASS = ("prompt_tokens", "new_tokens", "in_flight")  # what sets apart passes over the same prompts
+PERCENTILES = tuple(range(0, 101, 5))  # of the time to the first token, kept for its distribution
 DECODERS = 4  # requests that decode beside restores
 LARGE = 50e6  # bytes of a transfer whose speed is that of the link, not of its start
 
@@ -282,6 +283,7 @@ def environment(case: Case) -> dict[str, str]:
 def summary(result: dict) -> list[dict]:
     """Return a row a kind of round: requests/s, and p50, p90 and p99 of the time to the first token, ms.
 
+    ``first_token_ms_percentiles``: its whole distribution, at PERCENTILES.
     ``spread_percent``: half the interquartile range of the rounds' requests/s, of their median; None for one.
     """
     rows, kinds = [], {}
@@ -298,6 +300,7 @@ def summary(result: dict) -> list[dict]:
             | {"what": what, "requests": requests}
             | {"requests_per_s": requests / seconds, "spread_percent": spread}
             | {f"first_token_ms_{name}": value for name, value in percentiles.items()}
+            | {"first_token_ms_percentiles": np.percentile(first, PERCENTILES).tolist()}
             | {"cached_share": float(np.mean([share for one in rounds for share in one["cached_share"]]))}
         )
     return rows
