@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -22,7 +23,7 @@ from cuszp_cupy.format import Geometry
 
 def output(tokens, latency=0.01, cached=8, first=None):
     logprobs = [{t: types.SimpleNamespace(logprob=math.log(p)) for t, p in first.items()}] if first else None
-    metrics = types.SimpleNamespace(first_token_latency=latency)
+    metrics = types.SimpleNamespace(first_token_latency=latency, first_token_ts=7.0, last_token_ts=7.25)
     return types.SimpleNamespace(
         prompt_token_ids=[0] * 10, num_cached_tokens=cached, metrics=metrics,
         outputs=[types.SimpleNamespace(token_ids=tokens, logprobs=logprobs)],
@@ -66,6 +67,11 @@ def test_caches_are_sized_by_the_prompts(tmp_path):
     with pytest.raises(ValueError, match="config.json has no 'num_attention_heads'"):
         serve.sized(serve.Case(model))
     assert serve.sized(serve.Case(model, cpu_gb=5)).cpu_gb == 5
+
+
+def test_a_cache_that_holds_all_is_taken_where_it_is_asked_for(tmp_path):
+    case = serve.Case(serve.write_shape(tmp_path / "model"), gpu_tokens=300_000)
+    assert serve.sized(case, resident=True).gpu_tokens == 300_000
 
 
 def test_no_more_are_in_flight_than_a_set_has():
@@ -122,6 +128,7 @@ def test_a_round_times_batches_of_the_asked_size():
     one, outputs = serve._round(llm, None, [[1] * 10] * 5, 2, "restored", 0)
     assert calls == [2, 2, 1] and len(outputs) == 5 and one["first_token_ms"] == [20.0] * 5
     assert one["cached_share"] == [0.8] * 5 and one["seconds"] > 0
+    assert one["end_to_end_ms"] == pytest.approx([270.0] * 5)
 
 
 class LLM:
@@ -177,6 +184,65 @@ def test_a_variant_measures_each_pass_and_records_the_longest_answers(tmp_path, 
     assert configured == [expected] * ours
 
 
+def test_transfers_are_of_the_round_in_which_vllm_notices_them(tmp_path, monkeypatch):
+    """And sets are computed with as many in flight as was asked for, in turn."""
+    moved, ranges = [], []
+
+    class Moving(LLM):
+        def generate(self, requests, params, use_tqdm):
+            moved[0].extend(("load", 1000 * len(requests), 0.5) for _ in requests)
+            return super().generate(requests, params, use_tqdm)
+
+    vllm = types.SimpleNamespace(LLM=Moving, SamplingParams=lambda **options: options, __version__="0.33.0")
+    cuda = types.SimpleNamespace(is_available=lambda: True)
+    cuda.nvtx = types.SimpleNamespace(range=lambda name: ranges.append(name) or contextlib.nullcontext())
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.delitem(sys.modules, "vllm_patch", raising=False)
+    monkeypatch.setattr(serve, "_watch", moved.append)
+    case = serve.sized(serve.Case(
+        serve.write_shape(tmp_path / "model"), prompt_tokens=((30, 30),), prompts=4, in_flight=(2,), repeats=1,
+        sets=3, first_in_flight=(4, 1),
+    ))  # fmt: skip
+    arguments = {"case": serve.asdict(case), "variant": "raw", "stats_dir": str(tmp_path)}
+    (tmp_path / "case.json").write_text(json.dumps(arguments))
+    serve.main(str(tmp_path / "case.json"), str(tmp_path / "result.json"))
+    rows = serve.summary(json.loads((tmp_path / "result.json").read_text()))
+    found = {(row["what"], row["in_flight"]): (row["requests"], row["h2d_bytes"]) for row in rows}
+    assert found == {("first", 4): (8, 32_000), ("first", 1): (4, 4000), ("restored", 2): (12, 24_000)}
+    assert [row["h2d_ms"] for row in rows] == [500.0] * 3 and len(moved[0]) == 24
+    assert ranges[1] == "first: prompts of 30, 1 new, 1 in flight" and len(ranges) == 6
+
+
+def test_calls_that_start_transfers_are_ranges_and_their_ends_are_recorded(monkeypatch):
+    class Handler:
+        gpu_to_cpu = True
+
+        def transfer_async(self, job_id, src_spec, dst_spec):
+            return job_id, src_spec, dst_spec
+
+        def get_finished(self):
+            return [types.SimpleNamespace(transfer_size=10, transfer_time=0.5)]
+
+    worker, ranges, transfers = types.ModuleType("gpu_worker"), [], []
+    worker.SingleDirectionOffloadingHandler = Handler
+    package = types.ModuleType("vllm.v1.kv_offload.cpu")
+    package.gpu_worker = worker
+    for name in ("vllm", "vllm.v1", "vllm.v1.kv_offload"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setattr(serve, "nvtx_range", lambda name: ranges.append(name) or contextlib.nullcontext())
+    serve._watch(transfers)
+    handler = Handler()
+    assert handler.transfer_async(7, src_spec="a", dst_spec="b") == (7, "a", "b")
+    assert len(handler.get_finished()) == 1
+    handler.gpu_to_cpu = False
+    handler.transfer_async(8, "a", "b")
+    handler.get_finished()
+    assert ranges == ["store call", "load call"]
+    assert transfers == [("store", 10, 0.5), ("load", 10, 0.5)]
+
+
 class Engine:
     """Decodes a token a step for each request, and finishes a restored one in its second step."""
 
@@ -224,7 +290,10 @@ def test_decoding_is_timed_alone_and_beside_restores(monkeypatch, rate, expected
 
 
 def test_summary_counts_requests_a_second_and_percentiles():
-    one = {"prompt_tokens": "8", "new_tokens": 1, "what": "restored", "in_flight": 4, "requests": 4}
+    one = {
+        "prompt_tokens": "8", "new_tokens": 1, "what": "restored", "in_flight": 4, "requests": 4,
+        "end_to_end_ms": [9.0] * 4, "transfers": [],
+    }  # fmt: skip
     rounds = [
         one | {"seconds": 2.0, "first_token_ms": [1, 2, 3, 4], "cached_share": [1, 1, 1, 0]},
         one | {"seconds": 1.0, "first_token_ms": [5, 6, 7, 8], "cached_share": [1] * 4},
@@ -235,6 +304,25 @@ def test_summary_counts_requests_a_second_and_percentiles():
     assert row["first_token_ms_percentiles"][::10] == [1, 4.5, 8] and len(serve.PERCENTILES) == 21
     assert row["spread_percent"] == 16.7 and row["cached_share"] == 0.875  # rates 2 and 4: quartiles 2.5 and 3.5
     assert other["spread_percent"] is None and other["prompt_tokens"] == "9"
+
+
+def test_summary_tells_what_transfers_take_of_a_round():
+    one = {
+        "prompt_tokens": "8", "new_tokens": 1, "what": "restored", "in_flight": 2, "requests": 2, "seconds": 0.5,
+        "first_token_ms": [5, 6], "end_to_end_ms": [10, 30], "cached_share": [1, 1],
+    }  # fmt: skip
+    loads = [("load", 4 * 10**9, 0.08), ("load", 6 * 10**9, 0.12), ("store", 10**9, 0.04)]
+    (row,) = serve.summary({"rounds": [one | {"transfers": loads}, one | {"transfers": loads[:1]}]})
+    assert row["seconds"] == 1.0 and row["requests"] == 4
+    assert (row["h2d_calls"], row["h2d_bytes"]) == (3, 14 * 10**9)
+    assert row["h2d_seconds"] == pytest.approx(0.28) and row["h2d_share"] == pytest.approx(0.28)
+    assert row["h2d_gbps"] == pytest.approx(50) and row["h2d_ms"] == pytest.approx(70)
+    assert row["d2h_share"] == pytest.approx(0.04) and row["d2h_gbps"] == pytest.approx(25)
+    assert (row["end_to_end_ms_p50"], row["end_to_end_ms_p99"]) == (20, 30)
+    (row,) = serve.summary({"rounds": [one | {"transfers": []}]})  # nothing moved: a share, but no speed
+    assert row["h2d_share"] == 0 and row["h2d_gbps"] is None
+    (row,) = serve.summary({"rounds": [one | {"transfers": None}]})  # not timed
+    assert {row[key] for key in row if key.startswith(("h2d_", "d2h_"))} == {None}
 
 
 def test_compare_finds_where_tokens_and_distributions_part():
@@ -306,6 +394,7 @@ def canned(case, variant, timeout=None):
                     "requests": len(some), "seconds": new * len(some) / speed / n**0.5,
                     "first_token_ms": [100 / speed * n**0.5 * (1 + i / 20) for i in range(len(some))],
                     "cached_share": [0.99 if what == "restored" else 0.0] * len(some),
+                    "end_to_end_ms": [200 / speed * n**0.5] * len(some), "transfers": [],
                 })  # fmt: skip
             for i in range(len(some)):
                 tokens = [1, 2, 3 if variant in ("recompute", "raw") else 4]

@@ -9,6 +9,7 @@ prompt's KV is restored. Every variant runs in a process of its own, all with th
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -55,6 +56,7 @@ class Case:
         prompts: in a set; of shorter ranges as many more as make as many tokens.    sets: that evict each other.
         prompt_file: JSON list of prompts as token ids, at least sets x prompts; random tokens when None.
         new_tokens: of each request.    in_flight: requests submitted at once; each of both in a pass of its own.
+        first_in_flight: submitted at once where a set is computed and stored, the sets in turn; None: all of it.
         repeats: restored rounds for each.    recompute: run without offloading too, one round.
         gpu_tokens: size of the GPU's cache.    cpu_gb: of the CPU's, GiB. None: as the prompts need (``sized``).
         beside: seconds of decoding alone, then of restores beside it; 0: none.
@@ -72,6 +74,7 @@ class Case:
     prompt_file: str | None = None
     new_tokens: tuple[int, ...] = (1,)
     in_flight: tuple[int, ...] = (1, 4, 16)
+    first_in_flight: tuple[int, ...] | None = None
     repeats: int = 3
     recompute: bool = True
     gpu_tokens: int | None = None
@@ -108,8 +111,10 @@ def missing() -> str | None:
     return None
 
 
-def sized(case: Case) -> Case:
+def sized(case: Case, resident: bool = False) -> Case:
     """Return ``case`` with the sizes of the caches: the GPU's holds a set and an eighth, the CPU's all sets.
+
+    ``resident``: a cache of the GPU that holds all sets is right; nothing is restored then.
 
     Raises:
         ValueError: prompts that evict nothing or do not fit, or a config.json that does not tell the size of KV.
@@ -121,7 +126,7 @@ def sized(case: Case) -> Case:
     case = replace(case, gpu_tokens=case.gpu_tokens or math.ceil(largest * 9 / 8 / 16) * 16)
     if _longest(sets) + max(case.new_tokens) > case.gpu_tokens:
         raise ValueError(f"a GPU cache of {case.gpu_tokens} tokens: the longest prompt has {_longest(sets)}")
-    if least <= case.gpu_tokens:
+    if least <= case.gpu_tokens and not resident:
         raise ValueError(
             f"the GPU cache holds {case.gpu_tokens} tokens, and all sets of a range only {least}: nothing would "
             "be restored; take more sets or prompts, or a smaller cache"
@@ -155,14 +160,18 @@ def kv_bytes(config: dict) -> int:
         raise ValueError(f"config.json has no {error}: say how large the CPU's cache is to be") from None
 
 
-def serve(case: Case, bounds=("rms:0.05",), step=lambda text: None, timeout: float = 1800) -> dict:
+def serve(
+    case: Case, bounds=("rms:0.05",), step=lambda text: None, timeout: float = 1800, resident: bool = False
+) -> dict:
     """Run ``case`` in all variants; return their results, compared. No path of this machine is in them.
+
+    ``resident``: see ``sized``.
 
     Raises:
         RuntimeError: a variant failed; the message ends with what it printed last.
         ValueError: as from ``sized``.
     """
-    case, variants = sized(case), {}
+    case, variants = sized(case, resident), {}
     for name in (*(["recompute"] if case.recompute else []), "raw", *bounds):
         step(f"vLLM, {name}")
         variants[name] = _run(case, name, timeout)
@@ -281,10 +290,13 @@ def environment(case: Case) -> dict[str, str]:
 
 
 def summary(result: dict) -> list[dict]:
-    """Return a row a kind of round: requests/s, and p50, p90 and p99 of the time to the first token, ms.
+    """Return a row a kind of round: requests/s; p50, p90 and p99 of the times to first and last token, ms.
 
     ``first_token_ms_percentiles``: its whole distribution, at PERCENTILES.
     ``spread_percent``: half the interquartile range of the rounds' requests/s, of their median; None for one.
+    ``seconds``: of all rounds. ``d2h_`` and ``h2d_``: what ``speeds`` tells of the transfers whose end vLLM
+    noticed in these rounds, ``ms`` of them a request, and ``share``: their seconds over the rounds'. None: not
+    timed.
     """
     rows, kinds = [], {}
     for one in result["rounds"]:
@@ -292,18 +304,34 @@ def summary(result: dict) -> list[dict]:
     for (what, *one), rounds in kinds.items():
         first = np.concatenate([one["first_token_ms"] for one in rounds])
         requests, seconds = sum(one["requests"] for one in rounds), sum(one["seconds"] for one in rounds)
-        percentiles = dict(zip(("p50", "p90", "p99"), np.percentile(first, (50, 90, 99)).tolist(), strict=True))
+        latencies = {"first_token": first, "end_to_end": np.concatenate([one["end_to_end_ms"] for one in rounds])}
+        percentiles = {
+            f"{what}_ms_p{p}": float(np.percentile(ms, p)) for what, ms in latencies.items() for p in (50, 90, 99)
+        }
         rates = [one["requests"] / one["seconds"] for one in rounds]
         spread = timing.summary(rates).spread_percent if len(rates) > 1 else None
         rows.append(
             dict(zip(PASS, one, strict=True))
-            | {"what": what, "requests": requests}
+            | {"what": what, "requests": requests, "seconds": seconds}
             | {"requests_per_s": requests / seconds, "spread_percent": spread}
-            | {f"first_token_ms_{name}": value for name, value in percentiles.items()}
+            | percentiles
             | {"first_token_ms_percentiles": np.percentile(first, PERCENTILES).tolist()}
             | {"cached_share": float(np.mean([share for one in rounds for share in one["cached_share"]]))}
+            | _moved([one["transfers"] for one in rounds], requests, seconds)
         )
     return rows
+
+
+def _moved(transfers: list, requests: int, seconds: float) -> dict:
+    """Return the entries ``d2h_`` and ``h2d_`` of a row: see ``summary``."""
+    keys, timed = ("calls", "bytes", "seconds", "gbps"), None not in transfers
+    found = speeds([one for some in transfers for one in some]) if timed else {}
+    row = {}
+    for name, way in (("d2h", "store"), ("h2d", "load")):
+        row |= {f"{name}_{key}": found[way][key] if timed else None for key in keys}
+        row[f"{name}_ms"] = 1e3 * found[way]["seconds"] / requests if timed else None
+        row[f"{name}_share"] = found[way]["seconds"] / seconds if timed else None
+    return row
 
 
 def compare(one: dict, other: dict) -> dict:
@@ -356,7 +384,8 @@ def main(arguments: str, result: str) -> None:
 
         vllm_patch.configure(bound=variant, stats_dir=given["stats_dir"], **(case.settings or {}))
     transfers: list[tuple[str, int, float]] = []
-    if variant != "recompute" and case.processes == "one":
+    timed = case.processes == "one"
+    if variant != "recompute" and timed:
         _watch(transfers)
     from vllm import LLM, SamplingParams, __version__
 
@@ -377,12 +406,16 @@ def main(arguments: str, result: str) -> None:
     for label, group in sets.items():
 
         def measure(what, number, in_flight, new_tokens, group=group, label=label):
-            one, outputs = _round(llm, params[new_tokens], group[number], in_flight, what, number)
+            begin = len(transfers)
+            with nvtx_range(f"{what}: prompts of {label}, {new_tokens} new, {in_flight} in flight"):
+                one, outputs = _round(llm, params[new_tokens], group[number], in_flight, what, number)
+            one["transfers"] = transfers[begin:] if timed else None
             rounds.append(one | {"prompt_tokens": label, "new_tokens": new_tokens})
             return outputs
 
         for number, some in enumerate(group):
-            measure("first", number, len(some), case.new_tokens[0])
+            at_once = case.first_in_flight or (len(some),)
+            measure("first", number, min(at_once[number % len(at_once)], len(some)), case.new_tokens[0])
         for new_tokens, in_flight in passes(case, group):
             for _ in range(1 if variant == "recompute" else case.repeats):
                 for number in range(len(group)):
@@ -500,8 +533,14 @@ def _round(llm, params, some, in_flight: int, what: str, number: int):
     return {
         "what": what, "set": number, "in_flight": in_flight, "requests": len(outputs), "seconds": seconds,
         "first_token_ms": [1e3 * output.metrics.first_token_latency for output in outputs],
+        "end_to_end_ms": [1e3 * _latency(output.metrics) for output in outputs],
         "cached_share": [(output.num_cached_tokens or 0) / len(output.prompt_token_ids) for output in outputs],
     }, outputs  # fmt: skip
+
+
+def _latency(metrics) -> float:
+    """Return the seconds from a request's arrival to its last token, by differences on each of vLLM's clocks."""
+    return metrics.first_token_latency + metrics.last_token_ts - metrics.first_token_ts
 
 
 def _record(output) -> dict:
@@ -552,11 +591,14 @@ def _beside(llm, sets, case: Case) -> dict:
 
 
 def _watch(transfers: list) -> None:
-    """Record what vLLM's handlers time, by events on their streams: the same for its own copies and for ours."""
+    """Record what vLLM's handlers time, by events on their streams: the same for its own copies and for ours.
+
+    An NVTX range, ``store call`` or ``load call``, is around the call that enqueues a transfer.
+    """
     from vllm.v1.kv_offload.cpu import gpu_worker
 
     handler = gpu_worker.SingleDirectionOffloadingHandler
-    original = handler.get_finished
+    original, start = handler.get_finished, handler.transfer_async
 
     def get_finished(self):
         results = original(self)
@@ -564,7 +606,17 @@ def _watch(transfers: list) -> None:
         transfers.extend((way, result.transfer_size, result.transfer_time) for result in results)
         return results
 
-    handler.get_finished = get_finished
+    def transfer_async(self, *args, **kwargs):
+        with nvtx_range("store call" if self.gpu_to_cpu else "load call"):
+            return start(self, *args, **kwargs)
+
+    handler.get_finished, handler.transfer_async = get_finished, transfer_async
+
+
+def nvtx_range(name: str):
+    """Return a context that Nsight Systems shows as ``name``; nothing where torch has no GPU."""
+    torch = sys.modules.get("torch")  # vLLM's; not imported for this
+    return torch.cuda.nvtx.range(name) if torch and torch.cuda.is_available() else contextlib.nullcontext()
 
 
 def speeds(transfers) -> dict:
