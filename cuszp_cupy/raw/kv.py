@@ -211,7 +211,7 @@ def decode_entropy(
     """
     _launch_entropy(
         "kv_entropy_decode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
-        (payloads_ptr, rows_ptr, pages_ptr, status_ptr), DECODE_BYTES, 2304,
+        (payloads_ptr, rows_ptr, pages_ptr, status_ptr), DECODE_BYTES, 2560,
     )  # fmt: skip
 
 

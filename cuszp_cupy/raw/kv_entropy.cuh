@@ -40,5 +40,7 @@ struct Stream {
         lanes = min((groups + 7) / 8, 32u);
         turns = (groups + lanes - 1) / lanes;
     }
+    // Whether this lane has the group of that number, one of its turns.
+    __device__ bool has(u32 in_stream) const { return (threadIdx.x & 31) < lanes && in_stream < groups; }
 };
 __device__ inline u32 num_streams(u32 groups) { return (groups + STREAM_GROUPS - 1) / STREAM_GROUPS; }

@@ -10,7 +10,7 @@
 //        add up)
 //   FAST: token groups, pages 4-byte aligned
 //   grid any (pages are taken in turn)     block  32 to ENTROPY_THREADS     shared  DECODE_BYTES a part in tables and
-//        2304 bytes a warp
+//        2560 bytes a warp
 //
 // Guarantee: the page that reference.decode_page returns. Whatever row, payload and tables of right size hold, nothing
 // outside the payload and the page is touched; a page whose row or checksum is wrong is not written at all.
@@ -22,35 +22,41 @@
 #define BAD_CHECKSUM 4u
 #define BAD_TABLES 8u
 
-// A lane's coder. The stream's next half-words lie in a ring of the warp: half-word i of the payload in place i % 128.
+// A lane's coder. The stream's next half-words lie in a ring of the warp: half-word i of the payload in place i % 256.
+// Between two calls of `advance` up to 128 of them may be taken.
 struct Decoder {
-    const u32* words;     // of the payload
-    u32 last_word;        // of the payload: reads of damaged streams stop there
-    u32* ring;
-    u32 position, ahead;  // the next half-word, the same for all lanes; this lane's word of the 64 half-words after the ring's
+    const u32* words;      // of the payload
+    u32 last_word;         // of the payload: reads of damaged streams stop there
+    u32* ring;             // the 4 chunks of 64 half-words from `chunk` on
+    u32 lanes_before;      // as bits
+    u32 position, chunk;   // the next half-word, the same for all lanes; as of the last `advance`, position / 64
+    u32 ahead;             // this lane's word of chunk + 4
     u32 x;
 
-    __device__ u32 word(u32 chunk) const { return words[min(32 * chunk + (threadIdx.x & 31), last_word)]; }
+    __device__ u32 word(u32 c) const { return words[min(32 * c + (threadIdx.x & 31), last_word)]; }
     __device__ void open(u32 from) {
-        const u32 lane = threadIdx.x & 31, chunk = from / 64;
-        position = from;
+        position = from, chunk = from / 64;
         __syncwarp();
-        for (u32 i = 0; i < 2; i++) ring[32 * (chunk + i & 1) + lane] = word(chunk + i);
-        ahead = word(chunk + 2);
+        #pragma unroll
+        for (u32 i = 0; i < 4; i++) ring[32 * (chunk + i & 3) + (threadIdx.x & 31)] = word(chunk + i);
+        ahead = word(chunk + 4);
+        __syncwarp();
+    }
+    __device__ void advance() {
+        if (position / 64 == chunk) return;   // the same for all lanes
+        __syncwarp();
+        #pragma unroll 1
+        do {
+            ring[32 * (chunk & 3) + (threadIdx.x & 31)] = ahead;
+            ahead = word(++chunk + 4);
+        } while (position / 64 != chunk);
         __syncwarp();
     }
     __device__ void refill(bool need) {
-        const u32 who = __ballot_sync(FULL, need), lane = threadIdx.x & 31;
-        const u32 next = ((const u16*)ring)[(position + __popc(who & ((1u << lane) - 1))) & 127];
+        const u32 who = __ballot_sync(FULL, need);
+        const u32 next = ((const u16*)ring)[position + __popc(who & lanes_before) & 255];
         if (need) x = x << 16 | next;
-        const u32 before = position;
         position += __popc(who);
-        if ((position ^ before) & 64) {   // the same for all lanes
-            __syncwarp();
-            ring[(before & 64) / 2 + lane] = ahead;
-            ahead = word(position / 64 + 2);
-            __syncwarp();
-        }
     }
     __device__ void refill() { refill(x < LOWEST_STATE); }
     // The F, C << 16 and so on of the symbol (kv_entropy.cuh).
@@ -129,7 +135,7 @@ struct Restorer {
 };
 
 template <typename T, bool FAST>
-__global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
+__global__ void __launch_bounds__(ENTROPY_THREADS, 6) kv_entropy_decode(
     const u64* __restrict__ payloads, const uint4* __restrict__ rows, const u64* __restrict__ pages,
     u32* __restrict__ status, u32 num_pages,
     const uint4* __restrict__ tables, const signed char* __restrict__ hints, u32 tables_id, u32 digest, u32 parts_in_tables,
@@ -142,8 +148,8 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
     const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warps = blockDim.x >> 5;
     const u32 streams = num_streams(groups);
     const u8* const table0 = (const u8*)shared4;
-    u32* const ring = (u32*)(table0 + parts_in_tables * DECODE_BYTES) + 576 * warp;
-    u32* const stage = ring + 64 + lane;   // word i: stage[32 i]
+    u32* const ring = (u32*)(table0 + parts_in_tables * DECODE_BYTES) + 640 * warp;
+    u32* const stage = ring + 128 + lane;   // word i: stage[32 i]
 
     for (u32 p = 0; p < parts_in_tables; p++) {
         for (u32 i = tid; i < DECODE_BYTES / 16; i += blockDim.x)
@@ -195,7 +201,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
             start += count;
             if (number % warps != warp) continue;
             const Stream s(number, groups);
-            Decoder decoder = {(const u32*)payload, bytes / 4 - 1, ring};
+            Decoder decoder = {(const u32*)payload, bytes / 4 - 1, ring, (1u << lane) - 1};
             decoder.open(here_start + 2 * s.lanes);
             decoder.x = LOWEST_STATE;
             if (lane < s.lanes) {
@@ -207,7 +213,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
 
             for (u32 turn = 0; turn < s.turns; turn++) {
                 const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
-                const bool here = lane < s.lanes && in_stream < s.groups;
+                const bool here = s.has(in_stream);
                 const bool last = here && in_stream + s.lanes >= s.groups;
                 const u32 part = here ? g.part(group) : 0;
                 const u8* const slots = table0 + (parts_in_tables > 1 ? part * DECODE_BYTES : 0);
@@ -224,6 +230,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
                     if (!hints) flag = decoder.bits(1);
                 }
                 decoder.refill();
+                decoder.advance();
 
                 const bool plain = c < SIGNED_ZEROS;
                 const Values next = {slots + row_of(c) * 1024, symbols + row_of(c) * NUM_SYMBOLS, low_of(c), !plain};
@@ -234,6 +241,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
                     for (u32 i = 0; i < 16; i++) {
                         const u32 v0 = next(decoder, false), v1 = next(decoder, false), pair = restore(i, v0, v1);
                         if (here) put<FAST>(page, offset + i * g.pair_stride, values, pair);
+                        decoder.advance();
                     }
                     if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
                     continue;
@@ -245,6 +253,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_decode(
                     const u32 v0 = next(decoder, false), v1 = next(decoder, last);
                     any |= v0 | v1;
                     stage[32 * i] = (v0 & 0x7fffu) | v0 >> 31 << 15 | (v1 & 0x7fffu) << 16 | (v1 & 0x80000000u);
+                    decoder.advance();
                 }
                 if ((any & 0x7fff8000u) || (last && decoder.x >> 16 != 1)) bad |= BAD_STREAMS;
                 #pragma unroll 1

@@ -138,6 +138,16 @@ __device__ u32 analyse(const u16* page, const Geometry& g, u32 group, int step, 
     return bit_length(sum_of_differences) | 128;
 }
 
+// What `analyse` left of the group of this lane in a turn: its words, and c | flag << 7. Zeros where it has none: c = 0
+// takes nothing, so such lanes do nothing.
+__device__ inline void fetch(const Slot& work, const Stream& s, u32 turn, u32 groups, u32 (&words)[16], u32& found) {
+    const u32 in_stream = turn * s.lanes + (threadIdx.x & 31), group = s.first + in_stream;
+    const bool here = s.has(in_stream);
+    found = here ? work.classes[group] : 0;
+    #pragma unroll
+    for (u32 i = 0; i < 16; i++) words[i] = here ? work.words[i * groups + group] : 0;
+}
+
 // Half-words [8 i, 8 i + 8) of the payload: the bases and sizes, then the streams, which lie at the ends of their regions.
 __device__ inline uint4 gather(u32 i, u32 bases, const u16* regions, const u32* ends, u32 streams, u32 groups) {
     u32 word[4] = {0, 0, 0, 0};
@@ -149,6 +159,13 @@ __device__ inline uint4 gather(u32 i, u32 bases, const u16* regions, const u32* 
             if (ends[middle] > 8 * i) high = middle;
             else s = middle + 1;
         }
+    }
+    if (s < streams && 8 * i >= (s ? ends[s - 1] : 1 + streams) && 8 * i + 8 <= ends[s]) {   // all of one stream
+        const u32 at = min((s + 1) * STREAM_GROUPS, groups) * 32 - (ends[s] - 8 * i);
+        const u32* const from = (const u32*)regions + at / 2;
+        const u32 odd = at % 2, last = from[3 + odd], w1 = from[1], w2 = from[2], w3 = from[3];
+        return make_uint4(__funnelshift_r(from[0], w1, 16 * odd), __funnelshift_r(w1, w2, 16 * odd),
+                          __funnelshift_r(w2, w3, 16 * odd), __funnelshift_r(w3, last, 16 * odd));
     }
     #pragma unroll
     for (u32 j = 0; j < 8; j++) {
@@ -166,7 +183,7 @@ __device__ inline uint4 gather(u32 i, u32 bases, const u16* regions, const u32* 
 }
 
 template <typename T, bool FAST>
-__global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
+__global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_encode(
     const u64* __restrict__ pages, const uint4* __restrict__ fixed_rows, const u64* __restrict__ slots,
     const u64* __restrict__ payloads, uint4* __restrict__ rows, const u32* __restrict__ regions,
     u32* __restrict__ cursors, u32 num_pages,
@@ -239,25 +256,24 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
             const Stream s(number, groups);
             const u32 begin = GUARD / 2 + 32 * s.first, end = begin + 32 * s.groups, least = begin + 2 * s.lanes;
             Encoder encoder = {work.half_words - GUARD / 2, end, LOWEST_STATE};
+            u32 ahead[16], found_ahead;   // of the next turn's group: the words, and c | flag << 7; fetched early
+            fetch(work, s, s.turns - 1, groups, ahead, found_ahead);
             #pragma unroll 1
             for (u32 turn = s.turns; turn-- > 0 && encoder.position >= least;) {
                 const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
-                const bool here = lane < s.lanes && in_stream < s.groups;
-                const bool last = here && in_stream + s.lanes >= s.groups;
-                u32 c = 0, flag = 0, part = 0, signs = 0;   // as c = 0 takes nothing, lanes without a group do nothing
-                int shift = 0;
-                if (here) {
-                    c = work.classes[group] & 127u, flag = work.classes[group] >> 7;
-                    part = g.part(group);
-                    if (hints) shift = hints[2 * (group % groups_per_row)];
+                const bool here = s.has(in_stream), last = here && in_stream + s.lanes >= s.groups;
+                const u32 c = found_ahead & 127u, flag = found_ahead >> 7;
+                const u32 part = here ? g.part(group) : 0;
+                const int shift = here && hints ? hints[2 * (group % groups_per_row)] : 0;
+                if (last) {
+                    encoder.x = 0x10000u;
+                    #pragma unroll
+                    for (u32 i = 0; i < 16; i++)
+                        encoder.x |= (ahead[i] >> 16 & 0x7fffu) || c >= SIGNED_ZEROS ? ahead[i] >> 31 << i : 0;
                 }
                 #pragma unroll
-                for (u32 i = 0; i < 16; i++) {
-                    const u32 word = here ? work.words[i * groups + group] : 0;
-                    signs |= (word >> 16 & 0x7fffu) || c >= SIGNED_ZEROS ? word >> 31 << i : 0;
-                    stage[32 * i] = word;
-                }
-                if (last) encoder.x = 0x10000u | signs;
+                for (u32 i = 0; i < 16; i++) stage[32 * i] = ahead[i];
+                if (turn) fetch(work, s, turn - 1, groups, ahead, found_ahead);
                 const uint4* const table = table0 + (parts_in_tables > 1 ? part * (ENCODE_BYTES / 16) : 0);
                 const Values code = {table + row_of(c) * NUM_SYMBOLS, low_of(c), c >= SIGNED_ZEROS};
                 #pragma unroll 1
@@ -303,19 +319,22 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 4) kv_entropy_encode(
         for (u32 i = tid; i < (bytes + 15) / 16; i += blockDim.x) {
             uint4 w = entropy ? gather(i, (u32)base[0] | (kw == period ? 0 : (u32)base[1] << 8), work.half_words, work.ends, streams, groups)
                               : ((const uint4*)slot)[i];
+            if (16 * i + 16 <= bytes) {
+                store16(payload + 4 * i, w);
+                check = fold(check) + term4(w, PAYLOAD_INDEX + 4 * i);
+                continue;
+            }
             const u32 word[4] = {w.x, w.y, w.z, w.w};
-            if (16 * i + 16 <= bytes) store16(payload + 4 * i, w);
             #pragma unroll
             for (u32 j = 0; j < 4; j++) {
                 const u32 at = 4 * i + j;
                 if (4 * at + 4 <= bytes) {
-                    if (16 * i + 16 > bytes) payload[at] = word[j];
+                    payload[at] = word[j];
                     check += term(word[j], PAYLOAD_INDEX + at);
                 } else if (4 * at < bytes) {
                     *(u16*)(payload + at) = (u16)word[j];   // of a raw page of an odd number of values
                 }
             }
-            check = fold(check);
         }
         check = warp_check(check);
         if (lane == 0) shared.check[warp] = check;
