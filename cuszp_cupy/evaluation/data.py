@@ -24,6 +24,16 @@ def kv_sample() -> np.ndarray:
     return sample
 
 
+def layers() -> list[int]:
+    """Return which of the model's layers the sample holds, in their order.
+
+    >>> layers()
+    [0, 7, 15, 29]
+    """
+    with resources.files("cuszp_cupy").joinpath("data/kv_sample.npz").open("rb") as file:
+        return np.load(file)["layers"].tolist()
+
+
 def kv_pages(tokens: int = 16, dtype: str = "bfloat16") -> dict[str, np.ndarray]:
     """Return the sample's K and V as pages of one layer and ``tokens`` neighbouring tokens each.
 

@@ -432,18 +432,20 @@ def plot_swap(result: dict, path: str | Path) -> None:
         axis.set_xticks(sizes := sorted({row["page_kib"] for row in rows}), map(str, sizes))
         axis.grid(True, alpha=0.3)
     axes[0][0].legend(fontsize=7)
-    lanes, colours = {"encode": 1, "copy": 0, "decode": 1}, {"encode": "C0", "copy": "C1", "decode": "C2"}
     for axis, direction in zip(axes[1], ("store", "load"), strict=True):
-        for stage in (stage for stage in result["timeline"] if stage["direction"] == direction):
-            span = stage["begin_ms"], stage["end_ms"] - stage["begin_ms"]
-            axis.broken_barh(
-                [span], (lanes[stage["stage"]] - 0.35, 0.7), color=colours[stage["stage"]], ec="white"
-            )
-        codec = "encode" if direction == "store" else "decode"
-        axis.set_yticks([0, 1], ["copy", codec])
-        axis.set(xlabel="ms", title=f"one staged {direction}, tile by tile")
+        draw_timeline(axis, result["timeline"], direction)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_timeline(axes, timeline: list[dict], direction: str) -> None:
+    """Draw the stages of one staged transfer, ``evaluation.swap.timeline``, on ``axes``."""
+    lanes, colours = {"encode": 1, "copy": 0, "decode": 1}, {"encode": "C0", "copy": "C1", "decode": "C2"}
+    for stage in (stage for stage in timeline if stage["direction"] == direction):
+        span = stage["begin_ms"], stage["end_ms"] - stage["begin_ms"]
+        axes.broken_barh([span], (lanes[stage["stage"]] - 0.35, 0.7), color=colours[stage["stage"]], ec="white")
+    axes.set_yticks([0, 1], ["copy", "encode" if direction == "store" else "decode"])
+    axes.set(xlabel="ms", title=f"one staged {direction}, tile by tile")
 
 
 def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
