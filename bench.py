@@ -6,6 +6,7 @@ nvCOMP; then the link to the host. Without one: ratio and error of the same page
 ``python bench.py swap`` measures ``SwapPipeline`` instead, and what it costs the work beside it; needs a GPU.
 ``python bench.py accuracy MODEL TEXT`` measures what a compressed cache costs a language model; needs torch.
 ``python bench.py serve MODEL`` serves it with vLLM, KV offloaded raw and compressed; needs vLLM and a GPU.
+``python bench.py baseline MODEL`` measures how much of the time its uncompressed offloading takes; the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cuszp_cupy.bound import parse_parts
-from cuszp_cupy.evaluation import accuracy, codec, machine, report, serve, soak, speed, swap
+from cuszp_cupy.evaluation import accuracy, baseline, codec, machine, report, serve, soak, speed, swap
 from cuszp_cupy.pipeline import TRANSPORTS
 
 
@@ -32,11 +33,12 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _add_shared(result, quick: str, plot: str) -> None:
+def _add_shared(result, quick: str, plot: str | None) -> None:
     add = result.add_argument
     add("--quick", action="store_true", help=quick)
     add("--json", metavar="FILE", type=_output, help="write the numbers, with machine and versions")
-    add("--plot", metavar="FILE", type=_output, help=f"draw {plot} (needs matplotlib)")
+    if plot:
+        add("--plot", metavar="FILE", type=_output, help=f"draw {plot} (needs matplotlib)")
 
 
 def _add_device(result) -> None:
@@ -102,30 +104,16 @@ def serve_parser() -> argparse.ArgumentParser:
         prog="bench.py serve",
         description="vLLM, offline: requests whose KV comes back from CPU memory, raw and compressed in turn.",
     )
+    _add_load(result)
     add = result.add_argument
-    add("model", type=_model, nargs="?", help="a causal LM, the folder that save_pretrained writes")
-    add("--shape", choices=serve.SHAPES, help="instead of a model: its shape, with dummy weights")
-    add("--layers", metavar="N", type=_count, help="of the shape (default: all)")
     add("--fill", action="store_true", help="scale the shape's K and V by channel as real KV is")
     add("--bound", metavar="B", type=_bounds, action="append",
         help="rms:0.05 (default), or rms:0.05/rms:0.1 for K and V; can be repeated")  # fmt: skip
     add("--coding", choices=codec.KV_CODINGS, default="fixed", help="(default: %(default)s)")
     add("--transport", choices=TRANSPORTS, help="of vllm_patch (default: its own)")
-    add("--prompt-tokens", metavar="LOW[,HIGH]", type=_range, action="append",
-        help="can be repeated (default: 8000 for a shape, else 512,4096)")  # fmt: skip
-    add("--prompts", metavar="N", type=_count, help="a set (default: 16 for a shape, else 100)")
-    add("--sets", metavar="N", type=_count, default=2, help="of prompts, that evict each other (default: 2)")
-    add("--prompt-file", metavar="FILE", type=_text, help="prompts as a JSON list of lists of token ids")
-    add("--new-tokens", metavar="N,N", type=_counts,
-        help="a request, a pass for each (default: 1 for a shape, else 16)")  # fmt: skip
-    add("--in-flight", metavar="N,N", type=_counts, default=(1, 4, 16),
-        help="requests submitted at once, a pass for each (default: 1,4,16)")  # fmt: skip
-    add("--repeats", metavar="N", type=_count, help="of each pass (default: 3, quick: 1)")
-    add("--no-recompute", action="store_true", help="leave out the run without offloading")
     add(
         "--gpu-tokens", metavar="N", type=_count, help="size of the GPU's KV cache (default: a set and an eighth)"
     )
-    add("--cpu-gb", metavar="G", type=_positive, help="of the CPU's, in GiB (default: what all prompts need)")
     add("--beside", metavar="SECONDS", type=_positive, default=0.0, help="decode alone, then beside restores")
     add("--beside-rate", metavar="R", type=_positive, help="restores a second (default: two at any time)")
     add("--verify", metavar="SHARE", type=_share, nargs="?", const=0.01,
@@ -139,6 +127,50 @@ def serve_parser() -> argparse.ArgumentParser:
     return result
 
 
+def _add_load(result) -> None:
+    """Add what is served, for ``serve`` and ``baseline``."""
+    add = result.add_argument
+    add("model", type=_model, nargs="?", help="a causal LM, the folder that save_pretrained writes")
+    add("--shape", choices=serve.SHAPES, help="instead of a model: its shape, with dummy weights")
+    add("--layers", metavar="N", type=_count, help="of the shape (default: all)")
+    add("--prompt-tokens", metavar="LOW[,HIGH]", type=_range, action="append",
+        help="can be repeated (default: 8000 for a shape, else 512,4096)")  # fmt: skip
+    add("--prompts", metavar="N", type=_count, help="a set (default: 16 for a shape, else 100)")
+    add("--sets", metavar="N", type=_count, default=2, help="of prompts, that evict each other (default: 2)")
+    add("--prompt-file", metavar="FILE", type=_text, help="prompts as a JSON list of lists of token ids")
+    add("--new-tokens", metavar="N,N", type=_counts,
+        help="a request, a pass for each (default: 1 for a shape, else 16)")  # fmt: skip
+    add("--in-flight", metavar="N,N", type=_counts, default=(1, 4, 16),
+        help="requests submitted at once, a pass for each (default: 1,4,16)")  # fmt: skip
+    add("--repeats", metavar="N", type=_count, help="of each pass (default: 3, quick: 1)")
+    add("--no-recompute", action="store_true", help="leave out the run without offloading")
+    add(
+        "--cpu-gb",
+        metavar="G",
+        type=_positive,
+        help="of the CPU's cache, in GiB (default: what all prompts need)",
+    )
+
+
+def baseline_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``bench.py baseline``."""
+    result = argparse.ArgumentParser(
+        prog="bench.py baseline",
+        description="vLLM, offline and unpatched: the share of requests' time that transfers take.",
+    )
+    _add_load(result)
+    result.add_argument(
+        "--gpu-sets", metavar="X,X", type=_positives, default=baseline.GPU_SETS,
+        help="sizes of the GPU's KV cache, in sets of prompts, beside one that holds all (default: 0.5,1.125)",
+    )  # fmt: skip
+    result.set_defaults(  # what else serve_case asks for
+        fill=False, coding="fixed", transport=None, verify=None, gpu_tokens=None, beside=0.0, beside_rate=None,
+        processes="one", tensor_parallel=1,
+    )  # fmt: skip
+    _add_shared(result, quick="one repeat, and a quarter of the prompts", plot=None)
+    return result
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -148,6 +180,10 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(number) for number in text.split(","))
+
+
+def _positives(text: str) -> tuple[float, ...]:
+    return tuple(_positive(number) for number in text.split(","))
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -217,6 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
         return accuracy_main(arguments[1:])
     if arguments[:1] == ["serve"]:
         return serve_main(arguments[1:])
+    if arguments[:1] == ["baseline"]:
+        return baseline_main(arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -352,12 +390,7 @@ def serve_main(arguments: list[str]) -> int:
     """Run ``bench.py serve``; return the exit status: 1 if something is missing or the numbers have a problem."""
     command_line = serve_parser()
     options = command_line.parse_args(arguments)
-    if (options.model is None) == (options.shape is None):
-        command_line.error("expected a model's folder or --shape, one of them")
-    if options.model and (options.layers or options.fill):
-        command_line.error("--layers and --fill are for a --shape")
-    if options.prompt_file and options.prompt_tokens:
-        command_line.error("--prompt-tokens does not go with --prompt-file, whose prompts have a length")
+    _check_load(command_line, options)
     if options.processes == "one" and options.tensor_parallel > 1:
         command_line.error("--tensor-parallel takes more processes than one: fork or spawn")
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -384,6 +417,41 @@ def serve_main(arguments: list[str]) -> int:
     for table in report.serve_tables(result, f"{machine.title(described)}\n{title}"):
         console.print(table)
     for line in report.serve_lines(result):
+        console.print(line, highlight=False, markup=False)
+    return int(bool(result["problems"]))
+
+
+def _check_load(command_line: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if (options.model is None) == (options.shape is None):
+        command_line.error("expected a model's folder or --shape, one of them")
+    if options.model and (options.layers or options.fill):
+        command_line.error("--layers and --fill are for a --shape")
+    if options.prompt_file and options.prompt_tokens:
+        command_line.error("--prompt-tokens does not go with --prompt-file, whose prompts have a length")
+
+
+def baseline_main(arguments: list[str]) -> int:
+    """Run ``bench.py baseline``; return the exit status: 1 if something is missing or a cache size failed."""
+    command_line = baseline_parser()
+    options = command_line.parse_args(arguments)
+    _check_load(command_line, options)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if missing := serve.missing():
+        print(f"bench.py baseline: {missing}", file=sys.stderr)
+        return 1
+    described = machine.describe()
+    with tempfile.TemporaryDirectory() as folder, progress() as step:
+        try:
+            case = serve_case(options, Path(folder))
+            result = {"machine": described} | baseline.measure(case, options.gpu_sets, step)
+        except ValueError as error:
+            command_line.error(str(error))
+    result["parameters"] = {"quick": options.quick, "gpu_sets": options.gpu_sets}
+    if options.json:
+        report.write_json(result, options.json)
+    what = f"vLLM {result['sizes'][0]['vllm']}, {result['case']['model']}, KV offloaded uncompressed"
+    console.print(report.baseline_table(result["rows"], f"{machine.title(described)}\n{what}"))
+    for line in report.baseline_lines(result):
         console.print(line, highlight=False, markup=False)
     return int(bool(result["problems"]))
 

@@ -60,6 +60,14 @@ AGREEMENT_CAPTION = (
     "Restored requests, prompt by prompt: raw against recompute is the noise of vLLM itself. same tokens: those "
     "before the first that differs, of all; KL: of the first token's distribution, nats."
 )
+BASELINE_CAPTION = (
+    "GPU: the size of its cache, in sets of prompts. first: computed and stored; restored: evicted from the GPU "
+    "since; resident: still there. end to end: from submission to the last token, all in flight submitted at "
+    "once. D2H, H2D: by events on the transfers' streams: ms a request, GB/s, and the part of the time from "
+    "submission to the last answer in which such a transfer was under way. D2H goes on beside the computing. "
+    "added: what of the time goes, in whatever way, to not being resident; x comp.: times the requests/s of "
+    "computing again."
+)
 BESIDE_CAPTION = "{decoders} requests decode, alone and beside prompts that are restored for one token each."
 
 
@@ -344,6 +352,43 @@ def serve_lines(result: dict) -> list[str]:
                 amount = f"{count['descriptors']} descriptors, {count['bytes'] / 1e6:.1f} MB"
                 lines.append(f"{name}, worker {i}, passed through: {amount}: {reason}")
     return [*lines, *result["notes"], *(f"PROBLEM: {problem}" for problem in result["problems"])]
+
+
+def baseline_table(rows: list[dict], title: str) -> Table:
+    """Return the table of ``evaluation.baseline.measure``."""
+    numbers = ("new\ntokens", "in\nflight", "requests\n/s", "end to end\np50", "p90", "p99\nms", "D2H\nms",
+               "GB/s", "of the\ntime", "H2D\nms", "GB/s", "of the\ntime", "added", "x\ncomp.")  # fmt: skip
+    table = _table(title, BASELINE_CAPTION, (), ("GPU", "prompt\ntokens", "what", "variant"), numbers)
+    patterns = (
+        ("requests_per_s", "{:.2f}"), ("end_to_end_ms_p50", "{:.1f}"), ("end_to_end_ms_p90", "{:.1f}"),
+        ("end_to_end_ms_p99", "{:.1f}"), ("d2h_ms", "{:.1f}"), ("d2h_gbps", "{:.1f}"), ("d2h_share", "{:.0%}"),
+        ("h2d_ms", "{:.1f}"), ("h2d_gbps", "{:.1f}"), ("h2d_share", "{:.0%}"), ("added_share", "{:.0%}"),
+        ("over_recompute", "{:.2f}"),
+    )  # fmt: skip
+    previous = None
+    for row in rows:
+        group = row["gpu_sets"], row["prompt_tokens"], row["what"]
+        if group != previous and previous:
+            table.add_section()
+        cache = "all" if row["gpu_sets"] is None else f"{row['gpu_sets']:g}"
+        cells = [cache, *group[1:], row["variant"], str(row["new_tokens"]), str(row["in_flight"])]
+        table.add_row(*cells, *(_show(row[key], pattern) for key, pattern in patterns))
+        previous = group
+    return table
+
+
+def baseline_lines(result: dict) -> list[str]:
+    """Return where the link decides, by ``evaluation.baseline.measure``; its notes and problems."""
+    from cuszp_cupy.evaluation.baseline import LINK_DECIDES, decided_by_link
+
+    decided = ", ".join(
+        "{h2d_share:.0%} ({prompt_tokens} + {new_tokens} tokens, {in_flight} in flight, a cache of {gpu_sets:g} "
+        "sets)".format(**row)
+        for row in decided_by_link(result["rows"])
+    )
+    share = f"{LINK_DECIDES:.0%} or more of the time of restored requests"
+    line = f"H2D takes {share}: {decided}" if decided else f"At none of these loads H2D takes {share}."
+    return [line, *result["notes"], *(f"PROBLEM: {problem}" for problem in result["problems"])]
 
 
 def soak_lines(result: dict) -> list[str]:
