@@ -110,6 +110,22 @@ def test_a_broken_bound_stops_the_measurement():
             codec.check_within(broken, "kv")
 
 
+def test_groups_of_channels_differ_in_their_bits_alone():
+    """The ablation of grouping: the same pages, parts and steps, so the same values come back."""
+    by_token, *_, by_channel = codec.page_sets()
+    assert by_channel.pages is by_token.pages and by_channel.name == "KV 64 KiB, by channel"
+    assert by_channel.geometry.flat and not by_token.geometry.flat
+    sizes, decoded = [], []
+    for pages in (by_token, by_channel):
+        blobs = [reference.encode_page(page, "rms:0.05", geometry=pages.geometry) for page in pages.pages[:3]]
+        sizes.append(sum(map(len, blobs)))
+        decoded.append([reference.decode_page(blob).view(np.uint16).ravel() for blob in blobs])
+        row = codec._reference_pages(pages.name, pages.pages[:3], pages.geometry, "fixed", "rms:0.05")
+        assert 0.5 < row["max_error_over_eb"] <= 1 + codec.RMS_TOLERANCE
+    np.testing.assert_array_equal(*decoded)
+    assert sizes[1] > 1.05 * sizes[0]
+
+
 def test_rate_at_five_percent_is_below_six_bits():
     """Where sqrt(3) RMSE = 0.05 RMS, mean of K and V; a halving of the error costs about a bit."""
     points = codec.rate_error(quick=True)

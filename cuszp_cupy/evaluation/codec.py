@@ -43,7 +43,8 @@ def page_sets(quick: bool = False) -> list[PageSet]:
     """Return the sample as pages of 64 and 32 KiB, bfloat16 and float16, K and V side by side by head.
 
     64 KiB is 16 tokens of 8 KV heads of 128 channels (Llama 3 8B, one layer), 32 KiB of 8 heads of 64.
-    ``quick``: the first of them only.
+    Last, for comparison, the first one's pages in groups of 32 channels of a token, where the others have groups
+    of 16 tokens x 2 channels. ``quick``: the first of them only.
     """
     sets = []
     for heads, head_size in ((8, 128), (8, 64)):
@@ -51,6 +52,9 @@ def page_sets(quick: bool = False) -> list[PageSet]:
             pages = data.packed_pages(heads, head_size, dtype=dtype)
             geometry = Geometry(*pages.shape[1:], parts=(head_size, head_size))
             sets.append(PageSet(f"KV {short} {pages[0].nbytes >> 10} KiB", pages, geometry))
+    pages, tokens = sets[0].pages, sets[0].geometry
+    flat = Geometry(1, tokens.channels, outer=tokens.tokens, parts=tokens.parts)  # same parts, steps and errors
+    sets.append(PageSet(f"KV {pages[0].nbytes >> 10} KiB, by channel", pages, flat))
     return sets[:1] if quick else sets
 
 
@@ -146,7 +150,7 @@ def reference_rows(bounds=KV_BOUNDS, quick: bool = False, step=lambda text: None
 
 def _reference_pages(name: str, pages: np.ndarray, geometry: Geometry, coding: str, bound: str) -> dict:
     blobs = [reference.encode_page(page, bound, coding, geometry=geometry) for page in pages]
-    decoded = np.stack([reference.decode_page(blob) for blob in blobs])
+    decoded = np.stack([reference.decode_page(blob) for blob in blobs]).reshape(pages.shape)
     nbytes = sum(len(blob) - HEADER_BYTES + METADATA_BYTES for blob in blobs)
     error = page_error_over_eb(pages, decoded, bound, geometry.parts)
     return row(

@@ -175,7 +175,7 @@ def check_batch(batch: Batch, y, what: str, bound: str) -> float:
         payload = batch.payload[i, : int(row[1])].get().tobytes()
         if payload != blob[HEADER_BYTES:] or row[:3].tolist() != words[[1, 6, 7]].tolist():
             raise AssertionError(f"{what}: page {i} is not coded as the reference codes it")
-        if not np.array_equal(decoded, reference.decode_page(blob).view(np.uint16)):
+        if not np.array_equal(decoded, reference.decode_page(blob).view(np.uint16).reshape(decoded.shape)):
             raise AssertionError(f"{what}: page {i} is not decoded as the reference decodes it")
     error = 0.0
     for first in range(0, len(y), 512):  # a piece at a time: float64 takes four times the room
