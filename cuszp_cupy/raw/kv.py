@@ -184,7 +184,7 @@ def encode_entropy(
     _launch_entropy(
         "kv_entropy_encode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
         (pages_ptr, fixed_rows_ptr, slots_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr),
-        PART_BYTES - DECODE_BYTES, 2048,
+        PART_BYTES - DECODE_BYTES, 2048, 2048,
     )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def decode_entropy(
     """
     _launch_entropy(
         "kv_entropy_decode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
-        (payloads_ptr, rows_ptr, pages_ptr, status_ptr), DECODE_BYTES, 2560,
+        (payloads_ptr, rows_ptr, pages_ptr, status_ptr), DECODE_BYTES, 512, 2560,
     )  # fmt: skip
 
 
@@ -264,7 +264,18 @@ def _part_tables(tables, part: int) -> np.ndarray:
 
 
 def _launch_entropy(
-    name, dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr, pointers, part_bytes, warp_bytes
+    name,
+    dtype,
+    aligned,
+    geometry,
+    num_pages,
+    blocks,
+    tables,
+    tables_ptr,
+    pointers,
+    part_bytes,
+    fast_bytes,
+    warp_bytes,
 ) -> None:
     assert num_pages > 0 and tables_ptr % 16 == 0
     tables.check_geometry(geometry)
@@ -279,7 +290,7 @@ def _launch_entropy(
             *pointers, num_pages, tables_ptr, hints_ptr, tables.id, tables.digest, 1 if same else 2,
             *_geometry_arguments(geometry),
         ),
-        part_bytes * (1 if same else 2) + warp_bytes * threads // 32,
+        part_bytes * (1 if same else 2) + (fast_bytes if fast else warp_bytes) * threads // 32,
     )  # fmt: skip
 
 

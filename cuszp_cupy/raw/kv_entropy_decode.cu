@@ -10,7 +10,7 @@
 //        add up)
 //   FAST: token groups, pages 4-byte aligned
 //   grid any (pages are taken in turn)     block  32 to ENTROPY_THREADS     shared  DECODE_BYTES a part in tables and
-//        2560 bytes a warp
+//        512 bytes a warp, 2560 unless FAST
 //
 // Guarantee: the page that reference.decode_page returns. Whatever row, payload and tables of right size hold, nothing
 // outside the payload and the page is touched; a page whose row or checksum is wrong is not written at all.
@@ -135,21 +135,21 @@ struct Restorer {
 };
 
 template <typename T, bool FAST>
-__global__ void __launch_bounds__(ENTROPY_THREADS, 6) kv_entropy_decode(
+__global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
     const u64* __restrict__ payloads, const uint4* __restrict__ rows, const u64* __restrict__ pages,
     u32* __restrict__ status, u32 num_pages,
     const uint4* __restrict__ tables, const signed char* __restrict__ hints, u32 tables_id, u32 digest, u32 parts_in_tables,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer) {
-    extern __shared__ uint4 shared4[];   // tables, then a ring and 16 words a lane for each warp
+    extern __shared__ uint4 shared4[];   // tables, then a ring for each warp, and 16 words a lane
     __shared__ u64 shared_check[ENTROPY_WARPS];
     __shared__ u32 shared_bad[ENTROPY_WARPS];
     const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
     const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warps = blockDim.x >> 5;
     const u32 streams = num_streams(groups);
     const u8* const table0 = (const u8*)shared4;
-    u32* const ring = (u32*)(table0 + parts_in_tables * DECODE_BYTES) + 640 * warp;
-    u32* const stage = ring + 128 + lane;   // word i: stage[32 i]
+    u32* const ring = (u32*)(table0 + parts_in_tables * DECODE_BYTES) + (FAST ? 128 : 640) * warp;
+    u32* const stage = ring + 128 + lane;   // not FAST: word i: stage[32 i]
 
     for (u32 p = 0; p < parts_in_tables; p++) {
         for (u32 i = tid; i < DECODE_BYTES / 16; i += blockDim.x)
@@ -246,19 +246,23 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 6) kv_entropy_decode(
                     if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
                     continue;
                 }
-                // Signs come late, or there are storage bits: all values first.
+                // Signs come late, or there are storage bits: all values first. They wait where the page will be, or
+                // in shared memory where a group may reach beyond it.
                 u32 any = 0;
                 #pragma unroll 1
                 for (u32 i = 0; i < 16; i++) {
                     const u32 v0 = next(decoder, false), v1 = next(decoder, last);
                     any |= v0 | v1;
-                    stage[32 * i] = (v0 & 0x7fffu) | v0 >> 31 << 15 | (v1 & 0x7fffu) << 16 | (v1 & 0x80000000u);
+                    const u32 word = (v0 & 0x7fffu) | v0 >> 31 << 15 | (v1 & 0x7fffu) << 16 | (v1 & 0x80000000u);
+                    if (!FAST) stage[32 * i] = word;
+                    else if (here) *(u32*)(page + offset + i * g.pair_stride) = word;
                     decoder.advance();
                 }
                 if ((any & 0x7fff8000u) || (last && decoder.x >> 16 != 1)) bad |= BAD_STREAMS;
                 #pragma unroll 1
                 for (u32 i = 0; i < 16 && here; i++) {
-                    u32 word = stage[32 * i];
+                    const u32 at = offset + i * g.pair_stride;
+                    u32 word = FAST ? *(const u32*)(page + at) : stage[32 * i];
                     if (last) {
                         const u32 sign = decoder.x >> i & 1u;
                         if (sign && plain && !(word >> 16)) bad |= BAD_STREAMS;
@@ -267,7 +271,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 6) kv_entropy_decode(
                     if (c != ESCAPED) {
                         word = restore(i, (word & 0x7fffu) | word >> 15 << 31, (word >> 16 & 0x7fffu) | (word & 0x80000000u));
                     }
-                    put<FAST>(page, offset + i * g.pair_stride, values, word);
+                    put<FAST>(page, at, values, word);
                 }
                 if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
             }

@@ -17,6 +17,7 @@
 #include "kv_entropy.cuh"
 
 #define ENCODE_BYTES (PART_BYTES - DECODE_BYTES)
+#define FLIGHT 4   // 16 bytes that a thread copies at a time
 
 struct Shared {
     int sum[2];              // 2.9, of each part: the sum of e - o, and
@@ -148,25 +149,13 @@ __device__ inline void fetch(const Slot& work, const Stream& s, u32 turn, u32 gr
     for (u32 i = 0; i < 16; i++) words[i] = here ? work.words[i * groups + group] : 0;
 }
 
-// Half-words [8 i, 8 i + 8) of the payload: the bases and sizes, then the streams, which lie at the ends of their regions.
-__device__ inline uint4 gather(u32 i, u32 bases, const u16* regions, const u32* ends, u32 streams, u32 groups) {
+// Where stream s, which ends at half-word `end` of the payload, is, counted back from there: at the end of its region.
+__device__ inline u32 in_region(u32 s, u32 groups, u32 end, u32 at) { return min((s + 1) * STREAM_GROUPS, groups) * 32 - (end - at); }
+
+// Half-words [8 i, 8 i + 8) of the payload, whatever they are: the bases and sizes, then the streams. `s`: a stream that
+// does not begin behind the first one.
+__device__ inline uint4 gather(u32 i, u32 s, u32 bases, const u16* regions, const u32* ends, u32 streams, u32 groups) {
     u32 word[4] = {0, 0, 0, 0};
-    u32 s = 0;
-    if (8 * i >= ends[0]) {   // the first stream that ends behind the first half-word
-        u32 high = streams;
-        while (s < high) {
-            const u32 middle = (s + high) / 2;
-            if (ends[middle] > 8 * i) high = middle;
-            else s = middle + 1;
-        }
-    }
-    if (s < streams && 8 * i >= (s ? ends[s - 1] : 1 + streams) && 8 * i + 8 <= ends[s]) {   // all of one stream
-        const u32 at = min((s + 1) * STREAM_GROUPS, groups) * 32 - (ends[s] - 8 * i);
-        const u32* const from = (const u32*)regions + at / 2;
-        const u32 odd = at % 2, last = from[3 + odd], w1 = from[1], w2 = from[2], w3 = from[3];
-        return make_uint4(__funnelshift_r(from[0], w1, 16 * odd), __funnelshift_r(w1, w2, 16 * odd),
-                          __funnelshift_r(w2, w3, 16 * odd), __funnelshift_r(w3, last, 16 * odd));
-    }
     #pragma unroll
     for (u32 j = 0; j < 8; j++) {
         const u32 at = 8 * i + j;
@@ -175,11 +164,71 @@ __device__ inline uint4 gather(u32 i, u32 bases, const u16* regions, const u32* 
         else if (at <= streams) half = ends[at - 1] - (at > 1 ? ends[at - 2] : 1 + streams);
         else {
             while (s < streams && at >= ends[s]) s++;
-            if (s < streams) half = regions[min((s + 1) * STREAM_GROUPS, groups) * 32 - (ends[s] - at)];
+            if (s < streams) half = regions[in_region(s, groups, ends[s], at)];
         }
         word[j / 2] |= half << 16 * (j & 1);
     }
     return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+// Puts 16 bytes in the payload; of the last ones, what there is. Returns their part of the checksum.
+__device__ inline u64 put(u32* payload, u32 i, uint4 w, u32 bytes) {
+    if (16 * i + 16 <= bytes) {
+        store16(payload + 4 * i, w);
+        return term4(w, PAYLOAD_INDEX + 4 * i);
+    }
+    const u32 word[4] = {w.x, w.y, w.z, w.w};
+    u64 check = 0;
+    #pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+        const u32 at = 4 * i + j;
+        if (4 * at + 4 <= bytes) {
+            payload[at] = word[j];
+            check += term(word[j], PAYLOAD_INDEX + at);
+        } else if (4 * at < bytes) {
+            *(u16*)(payload + at) = (u16)word[j];   // of a raw page of an odd number of values
+        }
+    }
+    return check;
+}
+
+// 2.11: the payload from the streams in their regions. Returns this thread's part of the checksum.
+__device__ inline u64 write_streams(u32* payload, u32 bytes, u32 bases, const Slot& work, u32 streams, u32 groups) {
+    const u32 tid = threadIdx.x, heads = (1 + streams + 7) / 8;
+    const u32* const ends = work.ends;
+    u64 check = 0;
+    for (u32 s = 0; s < streams; s++) {   // 16 bytes that are all of one stream; half-words may lie across words
+        const u32 end = ends[s], first = ((s ? ends[s - 1] : 1 + streams) + 7) / 8, last = end / 8;
+        const u32 at = in_region(s, groups, end, 8 * first), shift = 16 * (at % 2);
+        const u32* const from = (const u32*)work.half_words + at / 2;
+        #pragma unroll 1
+        for (u32 begin = first + tid; begin < last; begin += FLIGHT * blockDim.x) {
+            u32 word[FLIGHT][5];
+            #pragma unroll
+            for (u32 f = 0; f < FLIGHT; f++) {
+                const u32 i = begin + f * blockDim.x;
+                #pragma unroll
+                for (u32 j = 0; j < 5; j++)
+                    word[f][j] = i < last && (j < 4 || shift) ? from[4 * (i - first) + j] : 0;
+            }
+            #pragma unroll
+            for (u32 f = 0; f < FLIGHT; f++) {
+                const u32 i = begin + f * blockDim.x, (&w)[5] = word[f];
+                if (i >= last) continue;
+                check = fold(check) + put(payload, i, make_uint4(
+                    __funnelshift_r(w[0], w[1], shift), __funnelshift_r(w[1], w[2], shift),
+                    __funnelshift_r(w[2], w[3], shift), __funnelshift_r(w[3], w[4], shift)), bytes);
+            }
+        }
+    }
+    for (u32 j = tid; j < heads + streams; j += blockDim.x) {   // the others: where sizes are, and where streams meet
+        const u32 s = j < heads ? 0 : j - heads, i = j < heads ? j : ends[s] / 8;
+        if (j >= heads && (i < heads || ends[s] % 8 == 0 || (s + 1 < streams && ends[s + 1] / 8 == i))) continue;
+        u32 from = s;
+        while (from > 0 && ends[from - 1] > 8 * i) from--;
+        check = fold(check) + put(payload, i, gather(i, from, bases, work.half_words, ends, streams, groups), bytes);
+    }
+    return check;
 }
 
 template <typename T, bool FAST>
@@ -316,25 +365,10 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_encode(
         __syncthreads();
         u32* const payload = (u32*)payloads[index] + 4ull * shared.place;
         u64 check = 0;
-        for (u32 i = tid; i < (bytes + 15) / 16; i += blockDim.x) {
-            uint4 w = entropy ? gather(i, (u32)base[0] | (kw == period ? 0 : (u32)base[1] << 8), work.half_words, work.ends, streams, groups)
-                              : ((const uint4*)slot)[i];
-            if (16 * i + 16 <= bytes) {
-                store16(payload + 4 * i, w);
-                check = fold(check) + term4(w, PAYLOAD_INDEX + 4 * i);
-                continue;
-            }
-            const u32 word[4] = {w.x, w.y, w.z, w.w};
-            #pragma unroll
-            for (u32 j = 0; j < 4; j++) {
-                const u32 at = 4 * i + j;
-                if (4 * at + 4 <= bytes) {
-                    payload[at] = word[j];
-                    check += term(word[j], PAYLOAD_INDEX + at);
-                } else if (4 * at < bytes) {
-                    *(u16*)(payload + at) = (u16)word[j];   // of a raw page of an odd number of values
-                }
-            }
+        if (entropy) {
+            check = write_streams(payload, bytes, (u32)base[0] | (kw == period ? 0 : (u32)base[1] << 8), work, streams, groups);
+        } else {
+            for (u32 i = tid; i < (bytes + 15) / 16; i += blockDim.x) put(payload, i, ((const uint4*)slot)[i], bytes);
         }
         check = warp_check(check);
         if (lane == 0) shared.check[warp] = check;
