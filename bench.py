@@ -7,6 +7,7 @@ nvCOMP; then the link to the host. Without one: ratio and error of the same page
 ``python bench.py accuracy MODEL TEXT`` measures what a compressed cache costs a language model; needs torch.
 ``python bench.py serve MODEL`` serves it with vLLM, KV offloaded raw and compressed; needs vLLM and a GPU.
 ``python bench.py baseline MODEL`` measures how much of the time its uncompressed offloading takes; the same.
+``python bench.py study`` runs all of them, one after the other, into a folder; again: what is missing there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cuszp_cupy.bound import parse_parts
-from cuszp_cupy.evaluation import accuracy, baseline, codec, machine, report, serve, soak, speed, swap
+from cuszp_cupy.evaluation import accuracy, baseline, codec, machine, report, serve, soak, speed, study, swap
 from cuszp_cupy.pipeline import TRANSPORTS
 
 
@@ -171,6 +172,25 @@ def baseline_parser() -> argparse.ArgumentParser:
     return result
 
 
+def study_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``bench.py study``."""
+    result = argparse.ArgumentParser(
+        prog="bench.py study",
+        description="Every measurement, a step after the other; what is finished in FOLDER is not done again.",
+    )
+    add = result.add_argument
+    add("folder", metavar="FOLDER", type=Path, nargs="?", help="of the results (default: results/GPU)")
+    add("--model", type=_model, help="a causal LM, the folder that save_pretrained writes, for two of the steps")
+    add("--text", type=_text, help="a UTF-8 text, for the accuracy of the model")
+    add("--shape", choices=serve.SHAPES, default=study.SHAPE, help="that vLLM serves (default: %(default)s)")
+    add("--quick", action="store_true", help="fewer steps, each with --quick")
+    add("--only", metavar="NAME", action="append", help="this step alone; can be repeated")
+    add("--minutes", metavar="M", type=_positive, default=float("inf"),
+        help="start nothing that is expected to take longer than what is left of them")  # fmt: skip
+    add("--list", action="store_true", help="show the steps, measure nothing")
+    return result
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -255,6 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
         return serve_main(arguments[1:])
     if arguments[:1] == ["baseline"]:
         return baseline_main(arguments[1:])
+    if arguments[:1] == ["study"]:
+        return study_main(arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -454,6 +476,33 @@ def baseline_main(arguments: list[str]) -> int:
     for line in report.baseline_lines(result):
         console.print(line, highlight=False, markup=False)
     return int(bool(result["problems"]))
+
+
+def study_main(arguments: list[str]) -> int:
+    """Run ``bench.py study``; return the exit status: 1 if a step failed."""
+    command_line = study_parser()
+    options = command_line.parse_args(arguments)
+    steps = study.steps(options.model, options.text, options.shape, options.quick)
+    unknown = set(options.only or ()) - {one.name for one in steps}
+    if unknown:
+        command_line.error(f"--only: no step {', '.join(sorted(unknown))}; --list shows them")
+    steps = [one for one in steps if not options.only or one.name in options.only]
+    console, described = Console(width=None if sys.stdout.isatty() else 150), machine.describe()
+    folder, gpu = options.folder or study.folder_of(described), described["gpu"] and described["gpu"]["name"]
+    try:
+        whole = study.Study(steps, folder, gpu, study.lacking(options.model, options.text))
+    except ValueError as error:
+        command_line.error(str(error))
+    if options.list:
+        states = {one.name: whole.state(one) for one in steps}
+        results = [{"name": n, "state": state, "why": why, "minutes": None} for n, (state, why) in states.items()]
+    else:
+        with progress() as step:
+            results = whole.run(step, options.minutes)
+    console.print(report.study_table(steps, results, f"{machine.title(described)}\n{folder}"))
+    for line in report.study_lines(results):
+        console.print(line, highlight=False, markup=False)
+    return int(any(result["state"] == "failed" for result in results))
 
 
 def serve_case(options: argparse.Namespace, folder: Path) -> serve.Case:

@@ -21,8 +21,9 @@ ALLOWED = {
     "cupy", "cuszp_cupy", "bench", "matplotlib", "ml_dtypes", "numpy", "nvidia", "rich", "torch", "transformers",
     "vllm", "vllm_patch",
 }  # fmt: skip
-#: The only ones that start other programs: git for the version, and a process for each variant of a benchmark.
-SUBPROCESS = {"cuszp_cupy/evaluation/machine.py", "cuszp_cupy/evaluation/serve.py"}
+#: The only ones that start other programs: git for the version, and a process for each variant of a benchmark and
+#: for each step of the study.
+SUBPROCESS = {f"cuszp_cupy/evaluation/{name}.py" for name in ("machine", "serve", "study")}
 
 
 def complaints(name: str, text: str) -> list[str]:

@@ -391,6 +391,27 @@ def baseline_lines(result: dict) -> list[str]:
     return [line, *result["notes"], *(f"PROBLEM: {problem}" for problem in result["problems"])]
 
 
+def study_table(steps: list, results: list[dict], title: str) -> Table:
+    """Return the table of the steps of ``evaluation.study`` and what became of them."""
+    table = _table(title, "minutes: expected on an H100, and taken.", (), ("step", "of"), ("minutes", "taken"))
+    table.add_column("state")
+    for one, result in zip(steps, results, strict=True):
+        taken = _show(result["minutes"], "{:.1f}")
+        table.add_row(one.name, one.what, f"{one.minutes:g}", taken, result["state"])
+    table.add_section()
+    table.add_row("all", "", f"{sum(one.minutes for one in steps):g}", "", "")
+    return table
+
+
+def study_lines(results: list[dict]) -> list[str]:
+    """Return why steps of ``evaluation.study`` were not finished, those with the same reason in a line."""
+    reasons = {}
+    for result in results:
+        if result["why"]:
+            reasons.setdefault((result["state"], result["why"]), []).append(result["name"])
+    return [f"{state}: {', '.join(names)}: {why}" for (state, why), names in reasons.items()]
+
+
 def soak_lines(result: dict) -> list[str]:
     """Return the lines that tell of ``evaluation.soak.soak``."""
     calls = ", ".join(f"{count} x {name}" for name, count in sorted(result["calls"].items()))
