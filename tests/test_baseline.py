@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -163,3 +165,23 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setattr(serve, "missing", lambda: "there is no vLLM")
     assert bench.main(["baseline", "--shape", "llama-8b"]) == 1
     assert capsys.readouterr().err == "bench.py baseline: there is no vLLM\n"
+
+
+def test_the_page_on_nsight_names_the_ranges_that_there_are():
+    root = Path(bench.__file__).parent
+    page = (root / "docs" / "nsight.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    named = {name for line in table for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    sources = [(root / "cuszp_cupy" / name).read_text("utf-8") for name in ("pipeline.py", "evaluation/serve.py")]
+    used = {name for text in sources for name in re.findall(r'(?:Stage\(\w+, |nvtx_range\()"([^"]+)"', text)}
+    used |= {"load call"} if 'else "load call"' in sources[1] else set()
+    assert used - named == set() and len(used) == 6
+    rounds = named - used
+    assert {name.split(":")[0] for name in rounds} == {"first", "restored"}
+    pattern = re.search(r'nvtx_range\(f"\{what\}(: .*?)"\)', sources[1])[1]
+    of_rounds = re.sub(r"\\\{\w+\\\}", r"\\S+", re.escape(pattern))
+    assert all(re.fullmatch(r"\w+" + of_rounds, name) for name in rounds)
+    commands = re.findall(r"python (bench\.py baseline .*)", page)
+    assert commands
+    for command in commands:
+        bench.baseline_parser().parse_args(command.split()[2:])
