@@ -8,6 +8,7 @@ nvCOMP; then the link to the host. Without one: ratio and error of the same page
 ``python bench.py serve MODEL`` serves it with vLLM, KV offloaded raw and compressed; needs vLLM and a GPU.
 ``python bench.py baseline MODEL`` measures how much of the time its uncompressed offloading takes; the same.
 ``python bench.py study`` runs all of them, one after the other, into a folder; again: what is missing there.
+``python bench.py report`` writes docs/report.md from results/; ``--advise`` says what pays on this machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,20 @@ from pathlib import Path
 from rich.console import Console
 
 from cuszp_cupy.bound import parse_parts
-from cuszp_cupy.evaluation import accuracy, baseline, codec, machine, report, serve, soak, speed, study, swap
+from cuszp_cupy.evaluation import (
+    accuracy,
+    advice,
+    baseline,
+    codec,
+    document,
+    machine,
+    report,
+    serve,
+    soak,
+    speed,
+    study,
+    swap,
+)
 from cuszp_cupy.pipeline import TRANSPORTS
 
 
@@ -191,6 +205,30 @@ def study_parser() -> argparse.ArgumentParser:
     return result
 
 
+def report_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``bench.py report``."""
+    result = argparse.ArgumentParser(
+        prog="bench.py report", description="docs/report.md and its figures, from the JSON files in results/."
+    )
+    add = result.add_argument
+    add("--root", metavar="FOLDER", type=_root, default=Path(__file__).parent,
+        help="that holds results/, and gets docs/ (default: where bench.py lies)")  # fmt: skip
+    add(
+        "--advise",
+        action="store_true",
+        help="only say what pays: measured here, in about a minute, or from results/",
+    )
+    add("--layers", metavar="FILE", type=_output, help="only measure bits a value of each layer, for the report")
+    _add_device(result)
+    return result
+
+
+def _root(text: str) -> Path:
+    if not (Path(text) / "results").is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder results in it")
+    return Path(text)
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -277,6 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
         return baseline_main(arguments[1:])
     if arguments[:1] == ["study"]:
         return study_main(arguments[1:])
+    if arguments[:1] == ["report"]:
+        return report_main(arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -503,6 +543,37 @@ def study_main(arguments: list[str]) -> int:
     for line in report.study_lines(results):
         console.print(line, highlight=False, markup=False)
     return int(any(result["state"] == "failed" for result in results))
+
+
+def report_main(arguments: list[str]) -> int:
+    """Run ``bench.py report``; return the exit status: 1 if a file in results/ is none."""
+    command_line = report_parser()
+    options = command_line.parse_args(arguments)
+    missing = machine.gpu_missing()
+    if options.device is not None:
+        if missing:
+            command_line.error(f"--device {options.device}: {missing}")
+        _use_device(command_line, options.device)
+    try:
+        with progress() as step:
+            if options.layers:
+                result = {"machine": machine.describe(), "layer_bits": codec.layer_bits(step)}
+                report.write_json(result, options.layers)
+                return 0
+            if not options.advise:
+                print(document.write(options.root, step))
+                return 0
+            if missing:
+                results = document.load(options.root / "results")
+                lines = [f"Not of this machine. {missing}", *advice.committed(results["bench"], results["swap"])]
+            else:
+                lines = advice.lines(*advice.measure(step))
+    except ValueError as error:
+        print(f"bench.py report: {error}", file=sys.stderr)
+        return 1
+    for line in lines:
+        Console().print(line, highlight=False, markup=False)
+    return 0
 
 
 def serve_case(options: argparse.Namespace, folder: Path) -> serve.Case:
