@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -257,30 +256,3 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, monkeypatch, capsys):
             assert row["ratio"] > 1 and row["compress_gbps"] > 0 and 0 < row["decompress_of_copy"] < 1.5
     assert {row["what"] for row in result["link"]} >= {"copy", "kv fixed"}
     assert "of copy" in capsys.readouterr().out
-
-
-# --- figures ----------------------------------------------------------------------------------------------
-ROOT = Path(__file__).parent.parent
-
-
-def test_figures_in_the_readme_are_those_of_the_result_file():
-    result = json.loads((ROOT / "results" / "bench-h100.json").read_text())
-    link = {row["bound"]: row for row in result["link"]}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = [line for line in readme.splitlines() if line.startswith(("| KV bf16", "| copy |"))]
-    lines = [f"| copy | | 16.00 | 1.00 | | | {_host(link[None])} |"]
-    for row in result["rows"]:
-        if row["codec"] == "kv fixed" and "bf16" in row["data"]:
-            speeds = " | ".join(
-                f"{row[f'{what}_gbps']:.0f} ({100 * row[f'{what}_of_copy']:.0f} %)"
-                for what in ("compress", "decompress")
-            )
-            host = f" {_host(link[row['bound']])} |" if row["data"] == result["link"][0]["data"] else " |"
-            rate = f"{row['bits_per_value']:.2f} | {row['ratio']:.2f}"
-            lines.append(f"| {row['data']} | `{row['bound']}` | {rate} | {speeds} |{host}")
-    assert table == lines
-    assert result["machine"]["gpu"]["name"] in readme
-
-
-def _host(row: dict) -> str:
-    return f"{row['to_host_raw_gbps']:.0f} / {row['from_host_raw_gbps']:.0f}"

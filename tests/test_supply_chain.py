@@ -18,8 +18,8 @@ ALLOWED = {
     "importlib", "inspect", "io", "itertools", "json", "logging", "math", "mmap", "numbers", "os", "pathlib",
     "platform", "re", "shutil", "statistics", "struct", "sys", "tempfile", "threading", "time", "typing",
     "warnings", "zipfile", "zlib",
-    "cupy", "cuszp_cupy", "bench", "matplotlib", "ml_dtypes", "numpy", "nvidia", "rich", "torch", "transformers",
-    "vllm", "vllm_patch",
+    "PIL", "cupy", "cuszp_cupy", "bench", "matplotlib", "ml_dtypes", "numpy", "nvidia", "rich", "torch",
+    "transformers", "vllm", "vllm_patch",
 }  # fmt: skip
 #: The only ones that start other programs: git for the version, and a process for each variant of a benchmark and
 #: for each step of the study.

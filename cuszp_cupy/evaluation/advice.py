@@ -34,9 +34,7 @@ def committed(bench: dict[str, dict], swap: dict[str, dict]) -> list[str]:
     """Return the advice of result files, by name: of the first with speeds, and the swap of most page sizes."""
     benches = {name: result for name, result in bench.items() if result["link"]}
     if not benches:
-        return [
-            "Not known: there are no speeds yet; `python bench.py --json results/bench-MACHINE.json` makes them."
-        ]
+        return ["Not known: no speeds yet; `python bench.py --json results/bench-<machine>.json` measures them."]
     name, result = next(iter(benches.items()))
     gpu = result["machine"]["gpu"]["name"]
     swaps = {one: other for one, other in swap.items() if other["machine"]["gpu"]["name"] == gpu}

@@ -336,7 +336,8 @@ def load(folder: Path) -> dict[str, dict[str, dict]]:
 def text(results: dict[str, dict[str, dict]]) -> tuple[str, dict[str, Callable]]:
     """Return the report of what ``load`` returned, and figure -> (result file, function that draws to a path)."""
     parts, drawn = [INTRODUCTION, "## Does it pay?\n"], {}
-    parts += [f"- {line}" for line in advice.committed(results["bench"], results["swap"])] + [""]
+    origin, *answers = advice.committed(results["bench"], results["swap"])
+    parts += [f"{origin}\n", *(f"- {line}" for line in answers), ""]
     for name, kind in KINDS.items():
         parts.append(f"## {kind.title}\n")
         for file, result in results[name].items():
@@ -344,7 +345,7 @@ def text(results: dict[str, dict[str, dict]]) -> tuple[str, dict[str, Callable]]
             kind.describe(page)
             parts += page.parts
         if not results[name]:
-            parts.append(f"No results yet: `{kind.command} results/{name}-MACHINE.json` makes them.\n")
+            parts.append(f"No results yet: `{kind.command} results/{name}-<machine>.json` makes them.\n")
     return "\n".join(parts).rstrip("\n") + "\n", drawn
 
 
