@@ -106,9 +106,9 @@ def _pages(slots: str, way: str, text: str, raws: tuple[str, ...], rows: list[di
     best = {kib: max(OURS, key=lambda name: speeds[name][kib]) for kib in speeds[OURS[0]]}
     ours = {kib: speeds[name][kib] for kib, name in best.items()}
     shown = ", ".join(f"{kib} KiB {best[kib]} {gbps:.0f}" for kib, gbps in sorted(ours.items()))
-    against = "; ".join(f"against {name} {pays_from(ours, speeds[name])}" for name in raws)
+    than = "; ".join(f"than {name} {pays_from(ours, speeds[name])}" for name in raws)
     return [
-        f"Pages {'in the arena' if slots == 'arena' else slots}, {text}: pays {against}. Fastest, GB/s: {shown}."
+        f"Pages {'in the arena' if slots == 'arena' else slots}, {text}: faster {than}. The best, GB/s: {shown}."
     ]
 
 
@@ -121,5 +121,5 @@ def pays_from(ours: dict[int, float], raw: dict[int, float]) -> str:
     slower = [kib for kib in ours if ours[kib] <= raw[kib]]
     faster = [kib for kib in ours if kib > max(slower, default=0)]
     if not faster:
-        return f"not up to {max(ours)} KiB"
+        return f"at no size up to {max(ours)} KiB"
     return f"from {min(faster)} KiB on" if slower else f"at every size measured, {min(ours)} to {max(ours)} KiB"

@@ -168,12 +168,18 @@ def first_token(rows: list[dict], path) -> None:
             for row in (row for row in rows if (row["variant"], row["in_flight"]) == (variant, flight)):
                 percent, ms = percentiles(row)
                 own = VARIANT_COLOURS.get(variant, f"C{i}")
-                axes.plot(ms, percent, "o-", ms=3.5, color=own, label=variant)
-        axes.set(xlabel="ms", title=f"{flight} in flight", ylim=(0, 103), xlim=(0, None))
+                axes.plot(ms, percent, "o-", ms=2.5, color=own, label=variant)
+        every = [ms for row in rows if row["in_flight"] == flight for ms in percentiles(row)[1]]
+        low, high = 0.8 * min(every), 1.25 * max(every)
+        axes.set(xscale="log", xlim=(low, high), xlabel="ms", title=f"{flight} in flight", ylim=(0, 103))
+        axes.minorticks_off()
+        ticks = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+        ticks = [tick for tick in ticks if low < tick < high]
+        axes.set_xticks(ticks, map(str, ticks))
         axes.grid(True, alpha=0.3)
     panels[0][0].set_ylabel("% of restored requests")
     handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
     _save(figure, path)
 
 
