@@ -163,7 +163,7 @@ non-finite values and -0.0 come back bit for bit.
     left at: 2^16 + (sign of pair t) 2^t, 0 for no sign. That is what an encoder, which takes these steps
     backwards, starts from; before a symbol it moves the low half-word of x to the stream if x would pass 2^31.
 
-2.11 Streams and payload. A *stream* codes g = 512 groups (the last one what is left) in L = min(32, ceil(g / 8))
+2.11 Streams and payload. A *stream* codes g = 256 groups (the last one what is left) in L = min(32, ceil(g / 8))
     lanes: lane l has groups l, L + l, 2 L + l, ... of it. All lanes take each step at the same time. At a
     refill, those that need a half-word take the next ones in order of l. (That for n > 4 is for such lanes.) ::
 
@@ -234,7 +234,7 @@ EXACT_SYMBOLS = 16
 NUM_TABLES = 8  # of e = 1..7, and 8 and above
 NUM_SYMBOLS = 19
 NUM_CLASS_SYMBOLS = 40
-STREAM_GROUPS = 512  # in a stream at most
+STREAM_GROUPS = 256  # in a stream at most
 STREAM_LANES = 32  # at most
 GROUPS_PER_LANE = 8  # at least, where there are fewer lanes
 #: 2.12: frequencies of classes

@@ -12,7 +12,7 @@
 #define CLASS_ROW 9u          // rows 0 .. 8: for classes without a table, for e = 1 .. 8; row 9: of classes
 #define ENTRIES (CLASS_ROW * NUM_SYMBOLS + ESCAPED + 1)
 #define LOWEST_STATE 0x8000u
-#define STREAM_GROUPS 512u
+#define STREAM_GROUPS 256u
 #define ENTROPY_THREADS 128   // a warp a stream, taken in turn
 #define ENTROPY_WARPS 4
 
