@@ -266,6 +266,8 @@ def swap_result() -> dict:
                 ratio = 1.0 if name in (swap.LARGE, swap.RAW, swap.LOOP) else 2.67
                 where = {"page_kib": kib, "slots": slots, "direction": way, "transport": name}
                 rows.append(test_swap_bench.row(**where, gbps=gbps, ratio=ratio))
+    baseline = {"transport": "libcuSZp", "gbps": 0.75, "ratio": 3.5}  # a ratio that is none of ours
+    rows += [test_swap_bench.row(page_kib=64, direction=way, **baseline) for way in ("D2H", "H2D")]
     tax = [
         {"work": work, "swap": name, "direction": way, "work_ms": 1.5, "spread_percent": 0.5,
          "slowdown": slowdown, "gbps": None if name is None else 100.0}
@@ -355,6 +357,7 @@ def test_every_kind_of_result_has_its_section_tables_and_figures(results):
     assert written.count("Not shown: ") == len(drawn)
     assert "[results/gpu/swap.json](../results/gpu/swap.json): cuszp_cupy 0.1.0 · NVIDIA H100" in written
     assert "rms:0.05. A quick run." in written and "- a note" in written and "mismatches: 0" in written
+    assert "| 64 | arena | D2H | 209.0 | 100.0 | 55.0 | 50.0 |  | 0.8 | 2.67 |" in written
     doctored = written.replace("| 101.5 |", "| 102.5 |")
     assert doctored != written and "102.5 (store GB/s) is not there" in wrong_figures(doctored, results)[0]
 

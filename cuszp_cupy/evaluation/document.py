@@ -194,7 +194,7 @@ def _by_page_size(rows: list[dict]):
         cases.setdefault((row["page_kib"], row["slots"], row["direction"]), {})[row["transport"]] = row
     for (kib, slots, way), found in cases.items():
         cells = [f"{found[name]['gbps']:.1f}" if name in found else "" for name in names]
-        table.add_row(str(kib), slots, way, *cells, f"{max(row['ratio'] for row in found.values()):.2f}")
+        table.add_row(str(kib), slots, way, *cells, f"{found['staged']['ratio']:.2f}")
     return table
 
 

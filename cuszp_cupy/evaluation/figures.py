@@ -68,7 +68,7 @@ def page_sizes(rows: list[dict], path) -> None:
                 x, y = [row["page_kib"] for row in own], [row["gbps"] for row in own]
                 (lines[name],) = axes.plot(x, y, style, color=colour, ms=4.5)
         link = max(row["gbps"] for row in here if row["transport"] == "large copy")
-        most = link * max(row["ratio"] for row in here)
+        most = link * max(row["ratio"] for row in here if row["transport"] == "staged")
         for height, text, style in ((link, "link", "-"), (most, "ratio x link", ":")):
             axes.axhline(height, color="black", lw=1, ls=style)
             axes.annotate(f"{text}: {height:.0f}", (0.98, height), (0, 2), axes.get_yaxis_transform(),
