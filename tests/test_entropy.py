@@ -251,7 +251,7 @@ def test_noise_is_stored_raw_and_what_fixed_codes_better_as_fixed():
 
 
 def test_zeros_take_little():
-    """4096 groups of zeros each take an eighth of a lane, a class and a flag, more than with fixed: 4 bits there."""
+    """4096 groups of zeros each take an eighth of a lane, a class and a flag; with fixed, which wins, 4 bits."""
     page = np.zeros((16, 8192), BFLOAT16)
     assert len(entropy(page)) == len(encode_page(page)) == HEADER_BYTES + 4096 // 2
     assert_same_bits(decode_page(entropy(page)), page)

@@ -32,14 +32,16 @@ PHASES = 5  # of kv_encode_large
 EXCHANGE_BYTES = 64  # a page, as in the _large kernels
 KERNELS = {
     name: tuple(f"{name}<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false"))
-    for name in ("kv_encode", "kv_decode", "kv_decode_large", "kv_entropy_encode", "kv_entropy_decode")
+    for name in ("kv_encode", "kv_decode", "kv_decode_large", "kv_entropy_decode")
 } | {
+    "kv_entropy_encode": tuple(f"kv_entropy_encode<{dtype}>" for dtype in DTYPES)
+    + tuple(f"kv_entropy_analyse<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false")),
     "kv_encode_large": tuple(
         f"kv_encode_large<{dtype}, {fast}, {phase}>"
         for dtype in DTYPES
         for fast in ("true", "false")
         for phase in range(PHASES)
-    )
+    ),
 }
 ENTROPY_WARPS = 4  # as in kv_entropy.cuh; each warp takes a stream
 DECODE_BYTES, PART_BYTES = 11936, 15312  # as there: tables of a part, for the decoder, and for both
@@ -181,10 +183,19 @@ def encode_entropy(
         tables_ptr: device address of ``entropy_tables(tables)``, 16-byte aligned.
         aligned: whether every page address is a multiple of 4.
     """
-    _launch_entropy(
-        "kv_entropy_encode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
-        (pages_ptr, fixed_rows_ptr, slots_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr),
-        PART_BYTES - DECODE_BYTES, 2048, 2048,
+    assert num_pages > 0
+    first, threads = _tables_arguments(tables, tables_ptr, geometry), entropy_threads(geometry)
+    grid = min(num_pages, blocks or num_pages)
+    after = _geometry_arguments(geometry)
+    fast = _bool(aligned and not geometry.flat)
+    launch(
+        "kv_entropy_encode", f"kv_entropy_analyse<{dtype}, {fast}>", grid, threads, "Q" * 16,
+        (pages_ptr, fixed_rows_ptr, slots_ptr, num_pages, first[1], *after),
+    )  # fmt: skip
+    pointers = fixed_rows_ptr, slots_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr
+    launch(
+        "kv_entropy_encode", f"kv_entropy_encode<{dtype}>", grid, threads, "Q" * 23,
+        (*pointers, num_pages, *first, *after), (PART_BYTES - DECODE_BYTES) * first[-1] + 2048 * threads // 32,
     )  # fmt: skip
 
 
@@ -209,9 +220,14 @@ def decode_entropy(
             ``decode``, which leaves these pages with a status that says that their row is bad.
         tables, tables_ptr: as in ``encode_entropy``.
     """
-    _launch_entropy(
-        "kv_entropy_decode", dtype, aligned, geometry, num_pages, blocks, tables, tables_ptr,
-        (payloads_ptr, rows_ptr, pages_ptr, status_ptr), DECODE_BYTES, 512, 2560,
+    assert num_pages > 0
+    first, threads = _tables_arguments(tables, tables_ptr, geometry), entropy_threads(geometry)
+    grid = min(num_pages, blocks or num_pages)
+    fast = aligned and not geometry.flat
+    launch(
+        "kv_entropy_decode", f"kv_entropy_decode<{dtype}, {_bool(fast)}>", grid, threads, "Q" * 21,
+        (payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages, *first, *_geometry_arguments(geometry)),
+        DECODE_BYTES * first[-1] + (512 if fast else 2560) * threads // 32,
     )  # fmt: skip
 
 
@@ -222,8 +238,8 @@ def entropy_threads(geometry: Geometry) -> int:
 
 def entropy_slot_bytes(geometry: Geometry) -> int:
     """Bytes of a slot of ``encode_entropy``, a multiple of 16."""
-    # as struct Slot of kv_entropy_encode.cu says: half-words, words, sizes of streams, classes
-    work = 512 + 128 * geometry.groups + 4 * len(geometry.streams) + geometry.groups
+    # as struct Slot of kv_entropy_encode.cu says: half-words, words, ends of streams, bases, classes
+    work = 512 + 128 * geometry.groups + 4 * len(geometry.streams) + 4 + geometry.groups
     return -(-geometry.nbytes // 16) * 16 + -(-work // 16) * 16
 
 
@@ -263,35 +279,13 @@ def _part_tables(tables, part: int) -> np.ndarray:
     return memory
 
 
-def _launch_entropy(
-    name,
-    dtype,
-    aligned,
-    geometry,
-    num_pages,
-    blocks,
-    tables,
-    tables_ptr,
-    pointers,
-    part_bytes,
-    fast_bytes,
-    warp_bytes,
-) -> None:
-    assert num_pages > 0 and tables_ptr % 16 == 0
+def _tables_arguments(tables, tables_ptr: int, geometry: Geometry) -> tuple[int, ...]:
+    """Addresses of tables and hints, id, digest, and of how many parts the tables are in shared memory."""
+    assert tables_ptr % 16 == 0
     tables.check_geometry(geometry)
     same = geometry.parts is None or _parts_are_equal(tables)
     hints_ptr = 0 if tables.hints is None else tables_ptr + 2 * PART_BYTES
-    threads = entropy_threads(geometry)
-    fast = aligned and not geometry.flat
-    launch(
-        name, f"{name}<{dtype}, {'true' if fast else 'false'}>", min(num_pages, blocks or num_pages), threads,
-        "Q" * (len(pointers) + 17),
-        (
-            *pointers, num_pages, tables_ptr, hints_ptr, tables.id, tables.digest, 1 if same else 2,
-            *_geometry_arguments(geometry),
-        ),
-        part_bytes * (1 if same else 2) + (fast_bytes if fast else warp_bytes) * threads // 32,
-    )  # fmt: skip
+    return tables_ptr, hints_ptr, tables.id, tables.digest, 1 if same else 2
 
 
 @functools.lru_cache(64)

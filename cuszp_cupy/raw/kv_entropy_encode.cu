@@ -1,6 +1,8 @@
-// kv_entropy_encode: codes a batch of pages with coding entropy, where it is smaller, after kv_encode has coded them with
-// fixed to scratch slots: that kernel chooses the steps, and its payload is what a page falls back to.
-// One thread block a page at a time, one warp a stream.
+// kv_entropy_analyse and kv_entropy_encode: one after the other they code a batch of pages with coding entropy, where it
+// is smaller, after kv_encode has coded them with fixed to scratch slots: that kernel chooses the steps, and its payload
+// is what a page falls back to. The first one predicts and finds classes (2.9), the second one makes the streams. They
+// are two because the first takes twice the registers, and the second waits most of its time, for which others must be
+// there. One thread block a page at a time; in the second one warp a stream.
 //
 //   in   pages[num_pages]   u64    addresses of the pages, 2-byte aligned
 //   in   fixed_rows[num_pages]  uint4  what kv_encode wrote for them, without cursors
@@ -9,36 +11,45 @@
 //   in   payloads, regions, cursors; out rows        as for kv_encode; payloads may be mapped pinned host memory
 //   in   tables, hints, tables_id, digest, parts_in_tables, geometry          as for kv_entropy_decode
 //   FAST: token groups, pages 4-byte aligned
-//   grid any (pages are taken in turn)     block  32 to ENTROPY_THREADS     shared  (PART_BYTES - DECODE_BYTES) a part in
-//        tables and 2048 bytes a warp
+//   grid any (pages are taken in turn)     block  32 to ENTROPY_THREADS     shared  of the second: (PART_BYTES -
+//        DECODE_BYTES) a part in tables and 2048 bytes a warp
 //
 // Guarantee: the bytes that reference.encode_page writes; places of a shared region in no particular order.
 // Format: sections 2.9 to 2.12.
 #include "kv_entropy.cuh"
 
 #define ENCODE_BYTES (PART_BYTES - DECODE_BYTES)
-#define FLIGHT 4   // 16 bytes that a thread copies at a time
+#define FLIGHT 2   // 16 bytes that a thread copies at a time
+#if __CUDA_ARCH__ >= 900
+#define BLOCKS 8   // of kv_entropy_encode on a multiprocessor: a thousand pages at a time
+#else
+#define BLOCKS 7   // with more, sm_80 runs out of registers
+#endif
 
 struct Shared {
-    int sum[2];              // 2.9, of each part: the sum of e - o, and
-    u32 count[2];            // the groups, that are not escaped
     u32 place, half_words, too_large;
     u64 check[ENTROPY_WARPS];
 };
 
-// What lies in a slot behind the payload of kv_encode.
+// What lies in a slot: the payload of kv_encode; behind a raw page's size, rounded up to 16, what is left by
+// kv_entropy_analyse, and the streams.
 #define GUARD 512   // bytes; up to 160 half-words, those of a pair and of a class, are written before they are counted
 struct Slot {
+    const uint4* fixed;
     u16* half_words;   // 32 a group, after GUARD bytes: a stream's at the end of its region
     u32* words;        // 16 a group: word i of group k is words[i groups + k], as `analyse` leaves them
     u32* ends;         // of the streams in the payload
+    u16* bases;        // as in the payload
     u8* classes;       // c | flag << 7 of each group
 
-    __device__ Slot(u8* at, u32 groups) {
+    __device__ Slot(u8* slot, u32 values, u32 groups) {
+        fixed = (const uint4*)slot;
+        u8* const at = slot + (2ull * values + 15) / 16 * 16;
         half_words = (u16*)(at + GUARD);
         words = (u32*)(at + GUARD + groups * 64ull);
         ends = words + groups * 16ull;
-        classes = (u8*)(ends + num_streams(groups));
+        bases = (u16*)(ends + num_streams(groups));
+        classes = (u8*)(bases + 2);
     }
 };
 
@@ -232,45 +243,29 @@ __device__ inline u64 write_streams(u32* payload, u32 bytes, u32 bases, const Sl
 }
 
 template <typename T, bool FAST>
-__global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_encode(
-    const u64* __restrict__ pages, const uint4* __restrict__ fixed_rows, const u64* __restrict__ slots,
-    const u64* __restrict__ payloads, uint4* __restrict__ rows, const u32* __restrict__ regions,
-    u32* __restrict__ cursors, u32 num_pages,
-    const uint4* __restrict__ tables, const signed char* __restrict__ hints, u32 tables_id, u32 digest, u32 parts_in_tables,
+__global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_analyse(
+    const u64* __restrict__ pages, const uint4* __restrict__ fixed_rows, const u64* __restrict__ slots, u32 num_pages,
+    const signed char* __restrict__ hints,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer) {
-    extern __shared__ uint4 shared4[];   // tables, then 16 words a lane
-    __shared__ Shared shared;
+    __shared__ int shared_sum[2];
+    __shared__ u32 shared_count[2];
     const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
-    const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warps = blockDim.x >> 5;
-    const u32 streams = num_streams(groups), raw_bytes = (2 * values + 15) / 16 * 16;
-    const uint4* const table0 = shared4;
-    u32* const stage = (u32*)((u8*)shared4 + parts_in_tables * ENCODE_BYTES) + 512 * warp + lane;   // word i: stage[32 i]
-
-    for (u32 p = 0; p < parts_in_tables; p++) {
-        for (u32 i = tid; i < ENCODE_BYTES / 16; i += blockDim.x)
-            shared4[p * (ENCODE_BYTES / 16) + i] = tables[(p * PART_BYTES + DECODE_BYTES) / 16 + i];
-    }
-    __syncthreads();
+    const u32 tid = threadIdx.x;
 
     for (u32 index = blockIdx.x; index < num_pages; index += gridDim.x) {
         const u16* const page = (const u16*)pages[index];
-        const uint4 fixed = fixed_rows[index];
-        u8* const slot = (u8*)slots[index];
-        const Slot work(slot + raw_bytes, groups);
-        const int step0 = (int)(fixed.x & 1023) - STEP_BIAS, step1 = (int)(fixed.x >> 10 & 1023) - STEP_BIAS;
-        const bool raw = (fixed.x >> 20 & 15u) == CODING_RAW;   // no steps
+        const u32 word1 = fixed_rows[index].x;
+        const Slot work((u8*)slots[index], values, groups);
+        if ((word1 >> 20 & 15u) == CODING_RAW) continue;   // no steps; the same for all threads
+        const int step0 = (int)(word1 & 1023) - STEP_BIAS, step1 = (int)(word1 >> 10 & 1023) - STEP_BIAS;
 
-        if (tid == 0) {
-            shared.sum[0] = shared.sum[1] = 0;
-            shared.count[0] = shared.count[1] = shared.too_large = 0;
-        }
+        if (tid < 2) shared_sum[tid] = 0, shared_count[tid] = 0;
         __syncthreads();
-        // 2.9: the bases
         int sum[2] = {0, 0};
         u32 count[2] = {0, 0};
         #pragma unroll 1
-        for (u32 group = tid; group < groups && !raw; group += blockDim.x) {
+        for (u32 group = tid; group < groups; group += blockDim.x) {
             const u32 part = g.part(group), pair = group % groups_per_row;
             const int shift = hints ? hints[2 * pair] : 0;
             u32 words[16];
@@ -287,18 +282,49 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_encode(
         #pragma unroll
         for (u32 p = 0; p < 2; p++) {
             const u32 all = warp_sum(sum[p]), n = warp_sum(count[p]);
-            if (lane == 0) {
-                atomicAdd(&shared.sum[p], (int)all);
-                atomicAdd(&shared.count[p], n);
+            if ((tid & 31) == 0) {
+                atomicAdd(&shared_sum[p], (int)all);
+                atomicAdd(&shared_count[p], n);
             }
         }
         __syncthreads();
-        int base[2];
-        #pragma unroll
-        for (u32 p = 0; p < 2; p++) {   // a sum below 0 gives 0 all the same
-            const u32 n = max(shared.count[p], 1u);
-            base[p] = (int)min((2 * (u32)max(shared.sum[p], 0) + shared.count[p]) / (2 * n), (u32)CLASS_LIMIT);
+        if (tid < g.parts()) {   // a sum below 0 gives 0 all the same
+            const u32 n = shared_count[tid];
+            ((u8*)work.bases)[tid] = (u8)min((2 * (u32)max(shared_sum[tid], 0) + n) / (2 * max(n, 1u)), (u32)CLASS_LIMIT);
         }
+        if (tid == 1 && g.parts() == 1) ((u8*)work.bases)[1] = 0;
+        __syncthreads();
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(ENTROPY_THREADS, BLOCKS) kv_entropy_encode(
+    const uint4* __restrict__ fixed_rows, const u64* __restrict__ slots, const u64* __restrict__ payloads, uint4* __restrict__ rows, const u32* __restrict__ regions,
+    u32* __restrict__ cursors, u32 num_pages,
+    const uint4* __restrict__ tables, const signed char* __restrict__ hints, u32 tables_id, u32 digest, u32 parts_in_tables,
+    u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
+    u32 tokens, u32 channels, u32 widths, u32 outer) {
+    extern __shared__ uint4 shared4[];   // tables, then 16 words a lane
+    __shared__ Shared shared;
+    const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
+    const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warps = blockDim.x >> 5;
+    const u32 streams = num_streams(groups);
+    const uint4* const table0 = shared4;
+    u32* const stage = (u32*)((u8*)shared4 + parts_in_tables * ENCODE_BYTES) + 512 * warp + lane;   // word i: stage[32 i]
+
+    for (u32 p = 0; p < parts_in_tables; p++) {
+        for (u32 i = tid; i < ENCODE_BYTES / 16; i += blockDim.x)
+            shared4[p * (ENCODE_BYTES / 16) + i] = tables[(p * PART_BYTES + DECODE_BYTES) / 16 + i];
+    }
+    __syncthreads();
+
+    for (u32 index = blockIdx.x; index < num_pages; index += gridDim.x) {
+        const uint4 fixed = fixed_rows[index];
+        const Slot work((u8*)slots[index], values, groups);
+        const bool raw = (fixed.x >> 20 & 15u) == CODING_RAW;
+        const u32 bases = raw ? 0 : *work.bases;
+        if (tid == 0) shared.too_large = 0;
+        __syncthreads();
 
         // 2.10, backwards
         for (u32 number = warp; number < streams && !raw; number += warps) {
@@ -331,7 +357,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_encode(
                     code(encoder, word >> 16, last);
                     code(encoder, word & 0xffffu, false);
                 }
-                const u32 symbol = c == ESCAPED ? ESCAPED : (u32)((int)c - shift - (part ? base[1] : base[0]) + CLASS_LIMIT + 78) % ESCAPED;
+                const u32 symbol = c == ESCAPED ? ESCAPED : (u32)((int)c - shift - (int)(part ? bases >> 8 : bases & 255u) + CLASS_LIMIT + 78) % ESCAPED;
                 const uint4 entry = table[CLASS_ROW * NUM_SYMBOLS + symbol];
                 encoder.make_room(entry.y >> !hints, here);
                 if (here) {
@@ -366,9 +392,9 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_encode(
         u32* const payload = (u32*)payloads[index] + 4ull * shared.place;
         u64 check = 0;
         if (entropy) {
-            check = write_streams(payload, bytes, (u32)base[0] | (kw == period ? 0 : (u32)base[1] << 8), work, streams, groups);
+            check = write_streams(payload, bytes, bases, work, streams, groups);
         } else {
-            for (u32 i = tid; i < (bytes + 15) / 16; i += blockDim.x) put(payload, i, ((const uint4*)slot)[i], bytes);
+            for (u32 i = tid; i < (bytes + 15) / 16; i += blockDim.x) put(payload, i, work.fixed[i], bytes);
         }
         check = warp_check(check);
         if (lane == 0) shared.check[warp] = check;
