@@ -14,7 +14,7 @@ from .raw import copy as raw_copy
 from .raw import kv
 from .tables import BUILT_IN, Tables
 
-SCRATCH_BYTES = 200 << 20  # a thousand pages of 64 KiB: with fewer, most of the GPU waits for single lanes
+SCRATCH_BYTES = 400 << 20  # two thousand pages of 64 KiB: with fewer, most of the GPU waits for single lanes
 
 
 class PageCodec:

@@ -37,8 +37,7 @@ from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_poi
 TRANSPORTS = ("auto", "staged", "fused", "raw")
 BUFFERS = 4  # tiles of each direction in the ring
 TILE_BYTES = 32 << 20  # raw bytes of a tile at most
-ENTROPY_BUFFERS, ENTROPY_TILE_BYTES = 2, 64 << 20  # with coding ``entropy``, which takes long for few pages
-SCRATCH_BYTES = 200 << 20, 32 << 20, 32 << 20, 32 << 20  # of that coding, for the lanes; a tile of stores
+SCRATCH_BYTES = 98 << 20, 32 << 20, 32 << 20, 32 << 20  # of coding ``entropy``, for the lanes; a tile of stores
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCK_PAGES = 1 << 15  # pages of a call that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
@@ -59,7 +58,7 @@ class SwapPipeline:
         arena_bytes: pinned bytes of the arena; by default enough for pages that do not shrink. A store takes
             the raw size of its pages until it has finished.
         ring_bytes: device memory at most, half each way; less where the slots need less. Coding ``entropy`` takes
-            up to 300 MiB more, to work in.
+            up to 200 MiB more, to work in.
         fused_blocks: thread blocks of the fused kernels; by default as many as have 8192 threads (16 for pages
             of 64 KiB).    burst_blocks: of the staged ones (None: a page each).
         quantile: staged stores copy as much of each region (tile or row) as this part of them took of late; a
@@ -133,21 +132,18 @@ class SwapPipeline:
             return
 
         pages_per_row = host.pages_per_row if host else 1
-        entropy = coding == "entropy"
-        num_buffers = self._num_buffers = ENTROPY_BUFFERS if entropy else BUFFERS
-        most = ENTROPY_TILE_BYTES if entropy else TILE_BYTES
-        tile_bytes = min(most, ring_bytes // (2 * num_buffers), -(-self.num_slots * self._slot_bytes))
+        tile_bytes = min(TILE_BYTES, ring_bytes // (2 * BUFFERS), -(-self.num_slots * self._slot_bytes))
         self._tile_pages = tile_bytes // self._slot_bytes
         if self._tile_pages < pages_per_row:
             raise ValueError(
-                f"ring_bytes: expected {2 * num_buffers} x {pages_per_row * self._slot_bytes} bytes or more, for "
+                f"ring_bytes: expected {2 * BUFFERS} x {pages_per_row * self._slot_bytes} bytes or more, for "
                 f"tiles of one {'row' if host else 'page'}, got {ring_bytes}"
             )
         self._tile_bytes = self._tile_pages * self._slot_bytes
         if host is None:
             if arena_bytes is None:
                 arena_bytes = (
-                    self.num_slots + min(self.num_slots, num_buffers * self._tile_pages)
+                    self.num_slots + min(self.num_slots, BUFFERS * self._tile_pages)
                 ) * self._slot_bytes
             if arena_bytes < self._slot_bytes:
                 raise ValueError(
@@ -168,13 +164,12 @@ class SwapPipeline:
         )
 
         # a page more, as above
-        self._ring = self._allocate(2 * num_buffers * self._tile_bytes + self._slot_bytes)
+        self._ring = self._allocate(2 * BUFFERS * self._tile_bytes + self._slot_bytes)
         self._lanes = {}
         for i, name in enumerate(("store", "load", "fused store", "fused load")):
             streams = [cupy.cuda.Stream(non_blocking=True, priority=priority) for _ in range(2 if i < 2 else 1)]
             addresses = [
-                self._ring.ptr + (num_buffers * i + j) * self._tile_bytes
-                for j in range(num_buffers if i < 2 else 0)
+                self._ring.ptr + (BUFFERS * i + j) * self._tile_bytes for j in range(BUFFERS if i < 2 else 0)
             ]
             buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
             self._lanes[name] = Lane(
@@ -349,7 +344,7 @@ class SwapPipeline:
             if self._library:
                 return self._library.memory()
             usage = {
-                "ring_bytes": 2 * self._num_buffers * self._tile_bytes,
+                "ring_bytes": 2 * BUFFERS * self._tile_bytes,
                 "argument_bytes": self._block_bytes,
                 "table_bytes": self.table.memory.nbytes,
             }

@@ -23,7 +23,7 @@
 #if __CUDA_ARCH__ >= 900
 #define BLOCKS 8   // of kv_entropy_encode on a multiprocessor: a thousand pages at a time
 #else
-#define BLOCKS 7   // with more, sm_80 runs out of registers
+#define BLOCKS 6   // with more, sm_80 runs out of registers
 #endif
 
 struct Shared {
