@@ -418,12 +418,12 @@ def accuracy_main(arguments: list[str]) -> int:
             command_line.error(f"--device {options.device}: {why}")
         _use_device(command_line, options.device)
     tokens = options.tokens or (accuracy.QUICK_WINDOWS * options.context if options.quick else accuracy.TOKENS)
-    bounds = options.bound or accuracy.default_bounds(options.quick)
+    bounds = list(dict.fromkeys(options.bound or accuracy.default_bounds(options.quick)))
     described, notes = machine.describe(), []
     with progress() as step:
         step(f"the model {options.model.resolve().name}, the text {options.text.name}")
         try:
-            model, windows = accuracy.load(
+            model, windows, held_out = accuracy.load(
                 options.model, options.text, context=options.context, tokens=tokens, notes=notes
             )
         except ValueError as error:
@@ -431,8 +431,8 @@ def accuracy_main(arguments: list[str]) -> int:
         for note in notes:
             step(note)
         parameters = accuracy.describe(options.model, options.text, model, windows)
-        measured = accuracy.variants(bounds, accuracy.array_module(model), notes)
-        rows = accuracy.measure(model, windows, measured, step)
+        tables = accuracy.calibrate(model, held_out, bounds, notes, step)
+        rows = accuracy.measure(model, windows, accuracy.variants(bounds), tables, step)
     result = {
         "machine": described, "parameters": parameters | {"quick": options.quick, "bounds": bounds},
         "rows": rows, "equal_kl": accuracy.at_equal_kl(rows), "notes": notes,

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import bench
+from cuszp_cupy import Geometry, reference
 from cuszp_cupy.evaluation import accuracy, emulated, report
 from cuszp_cupy.evaluation.accuracy import Variant
 
@@ -140,7 +141,7 @@ def test_pages_alternate_k_and_v_by_head():
 
 def test_a_coding_is_applied_to_k_and_v_with_their_bounds():
     k, v = cache(1), cache(2)
-    k2, v2, (bits, k_bits, v_bits), error = accuracy.replaced(Variant("fixed", "rms:0.02/rms:0.2"), k, v)
+    k2, v2, [(bits, k_bits, v_bits)], error = accuracy.replaced([Variant("fixed", "rms:0.02/rms:0.2")], k, v)
     assert 0.9 < error <= 1 + 2**-16
     for x, y, bound in ((k, k2, 0.02), (v, v2, 0.2)):
         x, y = (a.astype(np.float32).transpose(0, 2, 1, 3).reshape(4, -1) for a in (x, y))
@@ -153,34 +154,62 @@ def test_a_coding_is_applied_to_k_and_v_with_their_bounds():
 
 
 def reference_blobs(k, v, bounds):
-    from cuszp_cupy import Geometry, reference
-
     geometry = Geometry(16, 384, parts=(64, 64))  # a blob has 16 bytes more of metadata than a row of a table
     return [reference.encode_page(page, bounds, geometry=geometry) for page in accuracy.to_pages(k, v)]
 
 
 def test_raw_pages_are_lossless_and_cost_their_metadata():
     k, v = cache(1), cache(2)
-    k2, v2, bits, error = accuracy.replaced(Variant("raw", "rms:1"), k, v)
+    k2, v2, [bits], error = accuracy.replaced([Variant("raw", "rms:1")], k, v)
     assert (k2 == k).all() and (v2 == v).all() and error == 0
     assert bits == (4 * (16 * 16 * 384 + 128), *[4 * (16 * 16 * 192 + 128)] * 2)
 
 
 def test_a_codec_that_breaks_its_bound_stops_the_measurement(monkeypatch):
     real = accuracy.reference.decode_page
-    monkeypatch.setattr(accuracy.reference, "decode_page", lambda blob: (real(blob) * 1.1).astype(BFLOAT16))
+    spoilt = lambda blob, **options: (real(blob, **options) * 1.1).astype(BFLOAT16)  # noqa: E731
+    monkeypatch.setattr(accuracy.reference, "decode_page", spoilt)
     with pytest.raises(AssertionError, match="kv fixed, rms:0.02: the bound is broken"):
-        accuracy.replaced(Variant("fixed", "rms:0.02"), cache(1), cache(2))
+        accuracy.replaced([Variant("fixed", "rms:0.02")], cache(1), cache(2))
 
 
-def test_variants_are_those_that_the_codec_takes(monkeypatch):
-    notes = []
-    names = {variant.name for variant in accuracy.variants(["rms:0.1"], notes=notes)}
-    assert names == {*emulated.FORMATS, "kv fixed", "kv entropy"} and not notes
-    monkeypatch.setattr(accuracy, "CODINGS", ("raw", "fixed", "later"))
-    found = accuracy.variants(["rms:0.1", "rms:0.2/rms:0.3"], notes=notes)
-    assert [v.bound for v in found if v.bound] == ["rms:0.1", "rms:0.2/rms:0.3"]
-    assert len(notes) == 1 and notes[0].startswith("kv later is left out: coding: expected one of raw, fixed")
+def test_variants_are_the_formats_and_ours_at_each_bound():
+    found = accuracy.variants(["rms:0.1", "rms:0.2/rms:0.3"])
+    names = ["kv fixed", "kv entropy", "kv entropy, calibrated"]
+    assert [v.name for v in found] == [*emulated.FORMATS, *(name for name in names for _ in range(2))]
+    assert [v.bound for v in found if v.bound] == ["rms:0.1", "rms:0.2/rms:0.3"] * 3
+    bounds = accuracy.default_bounds()
+    assert len(set(bounds)) == len(bounds) <= 20 and len(accuracy.default_bounds(quick=True)) == 3
+
+
+def tables_for(k, v, bound):
+    """Return tables made from other values of the same channels."""
+    pages = accuracy.to_pages(cache(3, k.shape), cache(4, v.shape))
+    geometry = Geometry(*pages.shape[1:], parts=(k.shape[3], v.shape[3]))
+    return accuracy.layer_tables(pages, geometry, bound)
+
+
+@pytest.mark.parametrize("bound", ["rms:0.05", "rms:0.04/rms:0.3"])
+def test_codings_share_their_values_and_have_bits_of_their_own(bound):
+    k, v = cache(1, (2, 3, 64, 64)), cache(2, (2, 3, 64, 32))
+    v[0, 0, 0, :5] = 0, -0.0, 1e-3, -1e-3, 0
+    tables = tables_for(k, v, bound)
+    ours = [Variant(codec, bound) for codec in accuracy.OURS]
+    *together, bits, error = accuracy.replaced(ours, k, v, tables=tables)
+    for variant, expected in zip(ours, bits, strict=True):
+        *alone, [own], own_error = accuracy.replaced([variant], k, v, tables=tables)
+        assert own == expected and own_error == error <= 1 + 2**-16
+        assert all(map(accuracy.same_numbers, alone, together))
+    for fixed, entropy, calibrated in zip(*bits, strict=True):  # of both, of K alone, of V alone
+        assert fixed > entropy > calibrated
+    for both, k_bits, v_bits in bits:
+        assert both == pytest.approx(k_bits + v_bits, rel=0.03)
+
+
+def test_a_coding_that_brings_back_other_values_stops_the_measurement():
+    pair = [Variant("fixed", "rms:0.1"), Variant("raw", "rms:0.1")]
+    with pytest.raises(AssertionError, match="kv raw, rms:0.1: other values than kv fixed"):
+        accuracy.replaced(pair, cache(1), cache(2))
 
 
 # --- statistics -------------------------------------------------------------------------------------------
@@ -353,8 +382,10 @@ needs_torch = pytest.mark.filterwarnings("default")  # whatever torch and transf
 def test_a_tiny_model_end_to_end(folder, text, monkeypatch):
     monkeypatch.setattr(accuracy, "BATCH", 2)  # the last batch is a smaller one
     notes = []
-    model, windows = accuracy.load(folder, text, context=64, tokens=300, notes=notes)
-    assert windows.shape == (5, 64)
+    model, windows, held_out = accuracy.load(folder, text, context=64, tokens=300, notes=notes)
+    assert windows.shape == (5, 64) and held_out.shape == (1, 64)
+    letters = text.read_text().replace("o", "?")  # the token of what the tokenizer does not know
+    assert letters.endswith("".join(map(chr, held_out[0] + ord("0"))).replace("o", "?"))
     tiny, coarse = Variant("fixed", "rms:0.002"), Variant("fixed", "rms:0.3")
     measured = [Variant("raw", "rms:1"), tiny, coarse, *map(Variant, emulated.FORMATS)]
     untouched, *rows = accuracy.measure(model, windows, measured)
@@ -375,20 +406,20 @@ def test_the_replaced_cache_is_what_attention_sees(folder, text):
     """Zeros for V leave nothing of attention, and K does not matter then."""
     import torch
 
-    model, windows = accuracy.load(folder, text, context=32, tokens=64, notes=[])
+    model, windows, _ = accuracy.load(folder, text, context=32, tokens=64, notes=[])
     ids = torch.from_numpy(windows).to(model.device)
     shapes = []
 
-    def zero_v(k, v):
-        shapes.append(k.shape)
+    def zero_v(k, v, layer):
+        shapes.append((layer, *k.shape))
         return k, v * 0
 
-    plain = accuracy.forward(model, ids, lambda k, v: (k, v))
-    other_k = accuracy.forward(model, ids, lambda k, v: (k * 0, v))
+    plain = accuracy.forward(model, ids, lambda k, v, layer: (k, v))
+    other_k = accuracy.forward(model, ids, lambda k, v, layer: (k * 0, v))
     without = accuracy.forward(model, ids, zero_v)
-    assert shapes == [(2, 2, 32, 16)] * 2  # two layers: windows, heads, tokens, channels
+    assert shapes == [(layer, 2, 2, 32, 16) for layer in range(2)]  # then windows, heads, tokens, channels
     assert (plain != other_k).any() and (plain != without).any()
-    assert (without == accuracy.forward(model, ids, lambda k, v: (k * 0, v * 0))).all()
+    assert (without == accuracy.forward(model, ids, lambda k, v, layer: (k * 0, v * 0))).all()
     # the first position sees itself alone: its K does not matter, its V does
     assert (plain[:, 0] == other_k[:, 0]).all() and (plain[:, 0] != without[:, 0]).any()
 
@@ -410,8 +441,20 @@ def test_the_command_line_writes_what_it_shows(folder, text, tmp_path, capsys):
     assert parameters["tokens"] == 192 and parameters["windows"] == 3 and len(parameters["config_sha256"]) == 64
     assert result["machine"]["versions"]["torch"] and result["machine"]["versions"]["transformers"]
     assert {row["bound"] for row in result["rows"]} == {None, "rms:0.01", "rms:0.1/rms:0.3"}
+    kl = {}
+    for row in result["rows"]:
+        kl.setdefault(row["bound"], []).append((row["variant"], row["kl"]))
+    for own in (kl["rms:0.01"], kl["rms:0.1/rms:0.3"]):
+        assert [name for name, _ in own] == ["kv fixed", "kv entropy", "kv entropy, calibrated"]
+        assert len({value for _, value in own}) == 1
+    (note,) = (note for note in result["notes"] if "calibrated" in note)
+    assert "from 4 of its pages of the text's last 64 tokens" in note
     shown = capsys.readouterr().out
-    assert "At the KL of NVFP4" in shown and f"{result['rows'][0]['ppl']:.3f}" in shown
+    assert (
+        note in " ".join(shown.split())
+        and "At the KL of NVFP4" in shown
+        and f"{result['rows'][0]['ppl']:.3f}" in shown
+    )
 
 
 @needs_torch
@@ -420,7 +463,7 @@ def test_the_command_line_writes_what_it_shows(folder, text, tmp_path, capsys):
     [
         (40, 80, "context: expected a multiple of 16 tokens"),
         (128, 256, "context: the model has 64 positions at most, got 128"),
-        (64, 1000, "16 windows of 64 tokens take 1024, the text has 400"),
+        (64, 384, "6 windows of 64 tokens, and one to calibrate with, take 448, the text has 400"),
     ],
 )
 def test_what_cannot_be_measured_is_named(context, tokens, message, folder, text, capsys):
@@ -443,8 +486,8 @@ def test_arithmetic_on_the_gpu_is_that_of_numpy():
     for function in (emulated.e4m3, emulated.e2m1):
         np.testing.assert_array_equal(cupy.asnumpy(function(cupy.asarray(values), cupy)), function(values))
     for variant in map(Variant, emulated.FORMATS):
-        k, v, bits, _ = accuracy.replaced(variant, x, x)
-        on_device = accuracy.replaced(variant, device, device, cupy)
+        k, v, bits, _ = accuracy.replaced([variant], x, x)
+        on_device = accuracy.replaced([variant], device, device, cupy)
         assert on_device[2] == bits
         for expected, y in zip((k, v), on_device, strict=False):
             np.testing.assert_array_equal(cupy.asnumpy(y.view(np.uint16)), expected.view(np.uint16))
@@ -459,15 +502,15 @@ def test_arithmetic_on_the_gpu_is_that_of_numpy():
 def test_codings_on_the_gpu_bring_back_what_the_reference_does():
     import cupy
 
-    k, v = cache(6), cache(7)
+    k, v, bound = cache(6), cache(7), "rms:0.05/rms:0.1"
     on_device = [cupy.asarray(x.view(np.uint16)).view(BFLOAT16) for x in (k, v)]
-    ours = [v for v in accuracy.variants(["rms:0.05/rms:0.1"], cupy) if v.bound]
-    for variant in [Variant("raw", "rms:1"), *ours]:
-        expected, found = accuracy.replaced(variant, k, v), accuracy.replaced(variant, *on_device, cupy)
+    tables = tables_for(k, v, bound)
+    for variants in ([Variant("raw", "rms:1")], [Variant(codec, bound) for codec in accuracy.OURS]):
+        expected = accuracy.replaced(variants, k, v, np, tables)
+        found = accuracy.replaced(variants, *on_device, cupy, tables)
         for x, y in zip(expected[:2], found, strict=False):
-            np.testing.assert_array_equal(cupy.asnumpy(y.view(np.uint16)), x.view(np.uint16), variant.name)
+            np.testing.assert_array_equal(cupy.asnumpy(y.view(np.uint16)), x.view(np.uint16))
         assert found[2] == expected[2] and found[3] == pytest.approx(expected[3], rel=1e-6)
-    assert ours
 
 
 @pytest.mark.gpu
@@ -477,9 +520,13 @@ def test_a_tiny_model_on_the_gpu(folder, text):
 
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    model, windows = accuracy.load(folder, text, context=64, tokens=300, notes=(notes := []))
+    model, windows, held_out = accuracy.load(folder, text, context=64, tokens=300, notes=(notes := []))
     assert model.device.type == "cuda" and not notes
-    measured = [Variant("raw", "rms:1"), Variant("fixed", "rms:0.05"), Variant("NVFP4")]
-    _, raw, fixed, nvfp4 = accuracy.measure(model, windows, measured)
+    ours = [Variant(codec, "rms:0.05") for codec in accuracy.OURS]
+    tables = accuracy.calibrate(model, held_out, ["rms:0.05"], notes)
+    measured = [Variant("raw", "rms:1"), *ours, Variant("NVFP4")]
+    _, raw, fixed, entropy, calibrated, nvfp4 = accuracy.measure(model, windows, measured, tables)
     assert raw["kl"] == 0 and raw["top1"] == 1
+    assert fixed["kl"] == entropy["kl"] == calibrated["kl"]
+    assert fixed["bits_per_value"] > entropy["bits_per_value"] > calibrated["bits_per_value"]
     assert 0 < fixed["kl"] < nvfp4["kl"] and fixed["max_error_over_eb"] <= 1 + 2**-16

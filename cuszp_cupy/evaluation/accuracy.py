@@ -2,7 +2,8 @@
 
 Windows of a text go through a causal LM in bfloat16: once as it is, which is the reference, and once a *variant*,
 each layer's K (after RoPE) and V replaced, at all positions, by what a codec brings back, before attention sees
-them. The arithmetic is on arrays, NumPy's on the CPU and CuPy's on a GPU; torch runs the model and no more.
+them. Codings bring back the same values at one bound, which is checked, so they share a run. The arithmetic is on
+arrays, NumPy's on the CPU and CuPy's on a GPU; torch runs the model and no more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from .. import reference
 from ..bound import parse_parts
 from ..codec import encode_pages
-from ..format import CODINGS, HEADER_BYTES, TILE_TOKENS, Geometry
+from ..format import HEADER_BYTES, TILE_TOKENS, Geometry
+from ..tables import BUILT_IN, Tables
 from . import emulated
 from .codec import METADATA_BYTES, as_float32, check_within, page_error_over_eb
 from .data import DTYPES
@@ -34,7 +36,10 @@ PAIRS = ((0.03, 0.06), (0.04, 0.08), (0.05, 0.1), (0.03, 0.1), (0.1, 0.2), (0.12
 CONTEXT, TOKENS, QUICK_WINDOWS = 2048, 100_352, 4
 BATCH = 4  # windows in a forward pass; their logits are kept in bfloat16, twice
 SLICE_VALUES = 1 << 24  # logits that are compared at once, in float32
+CALIBRATION_PAGES = 16  # of a layer; 24 instead of 12 save 0.003 bits a value, and take twice the time
 UNTOUCHED = "bf16"
+CALIBRATED = "entropy, calibrated"
+OURS = ("fixed", "entropy", CALIBRATED)  # at one bound they bring back the same values
 PEERS = ("FP8 e4m3", "NVFP4")  # whose KL our codings are read off at
 _BFLOAT16 = DTYPES["bfloat16"]
 
@@ -44,7 +49,7 @@ class Variant:
     """What the cache goes through.
 
     Args:
-        codec: a name in ``emulated.FORMATS``, or a coding of stream kv.
+        codec: a name in ``emulated.FORMATS``; or, of stream kv, a coding or CALIBRATED.
         bound: of a coding: text like ``rms:0.05``, or ``rms:0.05/rms:0.1`` for K and V.
     """
 
@@ -54,7 +59,7 @@ class Variant:
     @property
     def name(self) -> str:
         """As it is called in tables."""
-        return f"kv {self.codec}" if self.codec in CODINGS else self.codec
+        return f"kv {self.codec}" if self.bound else self.codec
 
 
 def parse_bound(text: str):
@@ -74,20 +79,9 @@ def default_bounds(quick: bool = False) -> list[str]:
     return [f"rms:{alpha}" for alpha in ALPHAS] + [f"rms:{k}/rms:{v}" for k, v in PAIRS]
 
 
-def variants(bounds: list[str], xp=np, notes: list[str] | None = None) -> list[Variant]:
-    """Return the emulated formats and each coding at each bound; a coding that is not taken goes to ``notes``."""
-    result = [Variant(name) for name in emulated.FORMATS]
-    for coding in CODINGS:
-        if coding == "raw":
-            continue
-        try:
-            encoded_bytes(xp.zeros((1, TILE_TOKENS, 32), np.uint16).view(_BFLOAT16), "abs:1", coding)
-        except ValueError as error:
-            if notes is not None:
-                notes.append(f"kv {coding} is left out: {error}")
-            continue
-        result += [Variant(coding, bound) for bound in bounds]
-    return result
+def variants(bounds: list[str]) -> list[Variant]:
+    """Return the emulated formats, then each of ours at each bound."""
+    return [*map(Variant, emulated.FORMATS), *(Variant(codec, bound) for codec in OURS for bound in bounds)]
 
 
 # --- pages ------------------------------------------------------------------------------------------------
@@ -115,49 +109,73 @@ def one_part(x, xp=np):
     return x.reshape(-1, TILE_TOKENS, x.shape[2] * x.shape[3]).view(_BFLOAT16)
 
 
-def encoded_bytes(pages, bound, coding: str, geometry: Geometry | None = None, decode: bool = False):
-    """Return the bytes of ``pages`` (n, tokens, channels), 16 of metadata a page included.
+def encoded(pages, bound, geometry: Geometry | None, coding: str, tables: Tables = BUILT_IN):
+    """Encode ``pages`` (n, tokens, channels); return (bits, 16 bytes of metadata a page included, how to decode).
 
-    On a GPU through the kernels, in NumPy through the reference. With ``decode``: (bytes, the decoded pages).
+    On a GPU through the kernels, in NumPy through the reference.
     """
     if isinstance(pages, np.ndarray):
-        blobs = [reference.encode_page(page, bound, coding, geometry=geometry) for page in pages]
+        options = {"geometry": geometry, "tables": tables}
+        blobs = [reference.encode_page(page, bound, coding, **options) for page in pages]
         nbytes = sum(len(blob) - HEADER_BYTES + METADATA_BYTES for blob in blobs)
-        return (nbytes, np.stack([reference.decode_page(blob) for blob in blobs])) if decode else nbytes
-    encoded = encode_pages(pages, bound, coding, geometry=geometry)
-    return (encoded.nbytes, encoded.decode()) if decode else encoded.nbytes
+        return 8 * nbytes, lambda: np.stack([reference.decode_page(blob, tables=tables) for blob in blobs])
+    result = encode_pages(pages, bound, coding, geometry=geometry, tables=tables)
+    return 8 * result.nbytes, result.decode
 
 
 # --- variants ---------------------------------------------------------------------------------------------
-def replaced(variant: Variant, k, v, xp=np):
-    """Return what ``variant`` brings back of one layer's K and V.
+def replaced(variants: list[Variant], k, v, xp=np, tables: tuple | None = None):
+    """Return what ``variants``, which bring back the same values, bring back of one layer's K and V.
 
     Args:
+        variants: an emulated format, or some of ours at one bound.
         k, v: (batch, heads, tokens, channels) bfloat16, tokens a multiple of 16.
+        tables: of CALIBRATED: for both, for K, for V; see ``calibrate``.
 
     Returns:
-        (K, V, (bits of both, of K, of V), largest |x - y| / eb or None). Of a coding, the bits of K and of V are
-        those of pages that hold one of them alone, so they count the metadata of two pages.
+        (K, V, (bits of both, of K, of V) of each variant, largest |x - y| / eb or None). Of ours, the bits
+        of K and of V are those of pages that hold one of them alone, so they count the metadata of two pages.
+
+    Raises:
+        AssertionError: values that are not the same, or that break the bound.
     """
-    if variant.codec in emulated.FORMATS:
+    if variants[0].codec in emulated.FORMATS:
         results = []
-        for x, code in zip((k, v), emulated.FORMATS[variant.codec], strict=True):
+        for x, code in zip((k, v), emulated.FORMATS[variants[0].codec], strict=True):
             y, bits = code(as_float32(x, xp), xp)
             results.append((to_bfloat16(y, xp), bits))
         (k, k_bits), (v, v_bits) = results
-        return k, v, (k_bits + v_bits, k_bits, v_bits), None
-    bounds = parse_bound(variant.bound)
+        return k, v, [(k_bits + v_bits, k_bits, v_bits)], None
+    bounds = parse_bound(variants[0].bound)
     pages, alone = to_pages(k, v, xp), [one_part(k, xp), one_part(v, xp)]
     geometry = Geometry(*pages.shape[1:], parts=(k.shape[3], v.shape[3]))
-    nbytes, decoded = encoded_bytes(pages, bounds, variant.codec, geometry, decode=True)
-    part_bytes = [encoded_bytes(part, bound, variant.codec) for part, bound in zip(alone, bounds, strict=True)]
+    jobs = [(pages, bounds, geometry), (alone[0], bounds[0], None), (alone[1], bounds[1], None)]
+    decoded, bits = None, []
+    for variant in variants:
+        coding, own = ("entropy", tables) if variant.codec == CALIBRATED else (variant.codec, (BUILT_IN,) * 3)
+        results = [encoded(*job, coding, of_job) for job, of_job in zip(jobs, own, strict=True)]
+        bits.append(tuple(n for n, _ in results))
+        back = results[0][1]()
+        decoded = back if decoded is None else decoded
+        if not same_numbers(back, decoded):
+            raise AssertionError(f"{variant.name}, {variant.bound}: other values than {variants[0].name}")
     result = from_pages(decoded, k.shape, v.shape, xp)
     errors = [
         page_error_over_eb(part, one_part(back, xp), bound, None, xp)
         for part, back, bound in zip(alone, result, bounds, strict=True)
     ]
-    error = check_within(max(errors), f"{variant.name}, {variant.bound}")
-    return *result, tuple(8 * n for n in (nbytes, *part_bytes)), error
+    return *result, bits, check_within(max(errors), f"{variants[0].name}, {variants[0].bound}")
+
+
+def same_numbers(x, y) -> bool:
+    """Return whether 16-bit floats are equal, bit for bit but for the sign of zeros.
+
+    >>> x = np.float16([0.0, np.nan, 1.0])
+    >>> same_numbers(x, np.float16([-0.0, np.nan, 1.0])), same_numbers(x, -x)
+    (True, False)
+    """
+    x, y = x.view(np.uint16), y.view(np.uint16)
+    return bool(((x == y) | ((x | y) & 0x7FFF == 0)).all())
 
 
 def to_bfloat16(x, xp=np):
@@ -292,64 +310,105 @@ def array_module(model):
     return cupy
 
 
-def measure(model, windows: np.ndarray, measured: list[Variant], step=lambda text: None) -> list[dict]:
-    """Return a row for the reference, then one for each of ``measured``.
+def calibrate(model, held_out: np.ndarray, bounds: list[str], notes: list[str], step=lambda text: None) -> dict:
+    """Return (layer, bound) -> tables of coding entropy: for pages of K and V, for K's alone, for V's alone.
+
+    Args:
+        held_out: (windows, tokens) int64 token ids, not among those that are measured.
+        notes: takes a line on what the tables were made from.
+    """
+    import torch
+
+    xp, layers = array_module(model), {}
+
+    def collect(k, v, layer):
+        pages = to_pages(k, v, xp).view(np.uint16)
+        pages = pages[:: max(1, len(pages) // CALIBRATION_PAGES)][:CALIBRATION_PAGES]
+        pages = (pages if xp is np else pages.get()).view(_BFLOAT16)
+        layers[layer] = pages, Geometry(*pages.shape[1:], parts=(k.shape[3], v.shape[3]))
+        return k, v
+
+    forward(model, torch.from_numpy(held_out).to(model.device), collect)
+    result = {}
+    for layer, (pages, geometry) in layers.items():
+        step(f"tables for layer {layer}, through the reference")
+        result |= {(layer, bound): layer_tables(pages, geometry, bound) for bound in bounds}
+    notes.append(
+        f"kv {CALIBRATED}: tables for each layer and bound, from {len(pages)} of its pages of the text's last "
+        f"{held_out.size} tokens, which are not among those measured."
+    )
+    return result
+
+
+def layer_tables(pages: np.ndarray, geometry: Geometry, bound: str) -> tuple[Tables, Tables, Tables]:
+    """Return the tables that are made from ``pages``: for pages like them, for K's alone, for V's alone."""
+    both = reference.calibrate(pages, parse_bound(bound), geometry=geometry)
+    in_v = np.arange(0, geometry.channels, 2) % sum(geometry.parts) >= geometry.parts[0]
+    alone = [Tables(both.classes[[i, i]], both.symbols[[i, i]], both.hints[in_v == i]) for i in (0, 1)]
+    return both, *alone
+
+
+def measure(model, windows: np.ndarray, measured: list[Variant], tables=None, step=lambda text: None):
+    """Return a row for the reference, then one for each of ``measured``. The model runs once a bound.
 
     Args:
         model: a causal LM of transformers in bfloat16, on the CPU or a GPU.
         windows: (n, tokens) int64 token ids, n >= 2, tokens a multiple of 16.
+        measured: variants, no two the same.
+        tables: from ``calibrate``, where CALIBRATED is among them.
         step: called with a line on what comes next.
 
     Raises:
         ValueError: too few windows; a model that keeps no K and V in its cache, or whose logits are not finite.
-        AssertionError: a codec that breaks its bound.
+        AssertionError: a codec that breaks its bound, or brings back other values than another at the same.
     """
     import torch
 
-    xp = np
-    if model.device.type == "cuda":
-        import cupy as xp
+    xp = array_module(model)
     n, context = windows.shape
     if n < 2 or context % TILE_TOKENS:
         raise ValueError(
             f"windows: expected 2 or more of a multiple of {TILE_TOKENS} tokens, got {windows.shape}"
         )
-    found = {variant: [] for variant in measured}
+    runs = {}
+    for variant in measured:
+        runs.setdefault(variant.bound or variant.codec, []).append(variant)
+    found = {run: [] for run in runs}
     totals = {variant: np.zeros((2, 3), np.int64) for variant in measured}  # bits, values; of both, K, V
-    errors = dict.fromkeys(measured)
+    errors = dict.fromkeys(runs)
     for begin in range(0, n, BATCH):
         batch = windows[begin : begin + BATCH]
         ids, tokens = torch.from_numpy(batch).to(model.device), xp.asarray(batch)
-        step(f"windows {begin + 1} to {begin + len(batch)} of {n}: the reference")
-        expected = forward(model, ids, lambda k, v: (k, v))
-        for i, variant in enumerate(measured):
-            step(
-                f"windows {begin + 1} to {begin + len(batch)} of {n}: {variant.name} {variant.bound or ''} "
-                f"({i + 1} of {len(measured)})"
-            )
+        where = f"windows {begin + 1} to {begin + len(batch)} of {n}"
+        step(f"{where}: the reference")
+        expected = forward(model, ids, lambda k, v, layer: (k, v))
+        for i, (run, variants) in enumerate(runs.items()):
+            step(f"{where}: {run} ({i + 1} of {len(runs)})")
 
-            def through(k, v, variant=variant):
-                *result, bits, error = replaced(variant, k, v, xp)
-                totals[variant] += [bits, (k.size + v.size, k.size, v.size)]
+            def through(k, v, layer, run=run, variants=variants):
+                *result, bits, error = replaced(variants, k, v, xp, (tables or {}).get((layer, run)))
+                for variant, own in zip(variants, bits, strict=True):
+                    totals[variant] += [own, (k.size + v.size, k.size, v.size)]
                 if error is not None:
-                    errors[variant] = max(error, errors[variant] or 0.0)
+                    errors[run] = max(error, errors[run] or 0.0)
                 return result
 
             logits = forward(model, ids, through)
-            found[variant] += [compare(*window, xp) for window in zip(expected, logits, tokens, strict=True)]
-            if not np.isfinite(found[variant]).all():
-                raise ValueError(f"{variant.name}: a logit of the model is not finite; it cannot be compared")
+            found[run] += [compare(*window, xp) for window in zip(expected, logits, tokens, strict=True)]
+            if not np.isfinite(found[run]).all():
+                raise ValueError(f"{run}: a logit of the model is not finite; it cannot be compared")
     untouched = np.array(next(iter(found.values())))
     untouched[:, 3] = untouched[:, 2]
-    return [row(None, untouched)] + [row(v, found[v], *totals[v], errors[v]) for v in measured]
+    rows = [row(v, found[run], *totals[v], errors[run]) for v in measured for run in [v.bound or v.codec]]
+    return [row(None, untouched), *rows]
 
 
 def forward(model, ids, replace):
     """Return the logits (batch, tokens, vocabulary) of ``ids``, as a NumPy or CuPy array.
 
     Args:
-        replace: takes K and V of one layer, arrays (batch, heads, tokens, channels), as they enter the cache;
-            returns what attention is to see instead.
+        replace: takes K and V of one layer, arrays (batch, heads, tokens, channels), as they enter the cache, and
+            the layer's number; returns what attention is to see instead.
     """
     import torch
     from transformers import DynamicCache
@@ -357,11 +416,11 @@ def forward(model, ids, replace):
     calls = 0
 
     class Cache(DynamicCache):
-        def update(self, key_states, value_states, *args, **kwargs):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
             nonlocal calls
             calls += 1
-            k, v = replace(_as_array(key_states), _as_array(value_states))
-            return super().update(_as_tensor(k), _as_tensor(v), *args, **kwargs)
+            k, v = replace(_as_array(key_states), _as_array(value_states), layer_idx)
+            return super().update(_as_tensor(k), _as_tensor(v), layer_idx, *args, **kwargs)
 
     with torch.inference_mode():
         logits = model(input_ids=ids, past_key_values=Cache(config=model.config), use_cache=True).logits
@@ -402,7 +461,7 @@ def missing() -> str | None:
 
 
 def load(folder: Path, text: Path, *, context: int = CONTEXT, tokens: int = TOKENS, notes: list[str]):
-    """Return the model in ``folder``, on the GPU if there is one, and the first windows of ``text``.
+    """Return the model in ``folder``, on the GPU if there is one, and the first and the last windows of ``text``.
 
     Args:
         folder: as transformers' ``save_pretrained`` writes it; nothing is fetched.
@@ -410,7 +469,7 @@ def load(folder: Path, text: Path, *, context: int = CONTEXT, tokens: int = TOKE
         notes: takes a line where the CPU has to do.
 
     Returns:
-        (model in bfloat16, (windows, context) int64 token ids).
+        (model in bfloat16, (windows, context) int64 token ids to measure with, (1, context) to calibrate with).
 
     Raises:
         ValueError: a context that is none or longer than the model's, or a text that is too short.
@@ -427,10 +486,10 @@ def load(folder: Path, text: Path, *, context: int = CONTEXT, tokens: int = TOKE
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = np.array(tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"], np.int64)
     count = max(2, -(-tokens // context))
-    if ids.size < count * context:
+    if ids.size < (count + 1) * context:
         raise ValueError(
-            f"{text.name}: {count} windows of {context} tokens take {count * context}, the text has {ids.size}; "
-            "pass a longer one, or ask for fewer"
+            f"{text.name}: {count} windows of {context} tokens, and one to calibrate with, take "
+            f"{(count + 1) * context}, the text has {ids.size}; pass a longer one, or ask for fewer"
         )
     why = gpu_missing()
     if why is None and not torch.cuda.is_available():
@@ -443,7 +502,7 @@ def load(folder: Path, text: Path, *, context: int = CONTEXT, tokens: int = TOKE
 
         device = f"cuda:{cupy.cuda.runtime.getDevice()}"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
-    return model.to(device).eval(), ids[: count * context].reshape(count, context)
+    return model.to(device).eval(), ids[: count * context].reshape(count, context), ids[None, -context:]
 
 
 def describe(folder: Path, text: Path, model, windows: np.ndarray) -> dict:

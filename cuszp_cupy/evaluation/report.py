@@ -530,7 +530,7 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
         for some, style in ((same, "o-"), (apart, "x")):
             x = [row["bits_per_value"] for row in some]
             axes.plot(x, [row["kl"] for row in some], style, ms=4.5, color=f"C{i}")
-        _label(axes, name, (same or own)[0], f"C{i}")
+        _label(axes, name, own[min(i, len(own) - 1)], f"C{i}")  # of codings at one bound, KL is the same
     for row in (row for row in rows if not row["bound"]):
         bar = {"yerr": row["kl_error"]} if row["kl_error"] < row["kl"] else {}
         axes.errorbar(row["bits_per_value"], row["kl"], fmt="s", ms=6, color="black", capsize=2, **bar)
