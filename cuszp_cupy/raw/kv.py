@@ -255,7 +255,8 @@ def _part_tables(tables, part: int) -> np.ndarray:
     empty = np.zeros((1, NUM_SYMBOLS), np.uint16)
     empty[0, 0] = TABLE_TOTAL
     rows = [*empty, *tables.symbols[part], tables.classes[part]]
-    slots = np.concatenate([np.repeat(np.arange(row.size), row) for row in rows]).astype(np.uint8)
+    entries = np.arange(sum(row.size for row in rows))  # fewer than 256
+    slots = np.repeat(entries, np.concatenate(rows)).astype(np.uint8)
     f = np.concatenate(rows).astype(np.uint64)
     c = np.concatenate([np.cumsum(row) - row for row in rows]).astype(np.uint64)
     # x // F for x < 2^31 = (x * factor >> 32) >> shift. For F = 1 this is x - 1, put right by what is added.

@@ -16,8 +16,8 @@
 #define ENTROPY_THREADS 128   // a warp a stream, taken in turn
 #define ENTROPY_WARPS 4
 
-// A part's tables in device memory, as raw/kv.py lays them out. For the decoder: the symbol of each of 1024 slots of each
-// row; then two words a symbol: F | C << 16, and the magnitude it stands for | bits behind it << 16, or the class. For
+// A part's tables in device memory, as raw/kv.py lays them out. For the decoder: the entry (row x 19 + symbol) of each of 1024 slots
+// of each row; then two words a symbol: F | C << 16, and the magnitude it stands for | bits behind it << 16, or the class. For
 // the encoder: four words a symbol, which divide by F.
 #define SLOT_BYTES ((CLASS_ROW + 1) * 1024)
 #define DECODE_BYTES 11936u   // a multiple of 16

@@ -22,20 +22,20 @@
 #define BAD_CHECKSUM 4u
 #define BAD_TABLES 8u
 
-// A lane's coder. The stream's next half-words lie in a ring of the warp: half-word i of the payload in place i % 256.
-// Between two calls of `advance` up to 128 of them may be taken.
+// A lane's coder. The stream's next half-words lie in a ring of the warp: byte i of the payload in place i % 512.
+// Between two calls of `advance` up to 128 half-words may be taken.
 struct Decoder {
     const u32* words;      // of the payload
     u32 last_word;         // of the payload: reads of damaged streams stop there
-    u32* ring;             // the 4 chunks of 64 half-words from `chunk` on
+    u32* ring;             // the 4 chunks of 128 bytes from `chunk` on
     u32 lanes_before;      // as bits
-    u32 position, chunk;   // the next half-word, the same for all lanes; as of the last `advance`, position / 64
+    u32 position, chunk;   // the next half-word, in bytes, the same for all lanes; position / 128 at the last `advance`
     u32 ahead;             // this lane's word of chunk + 4
     u32 x;
 
     __device__ u32 word(u32 c) const { return words[min(32 * c + (threadIdx.x & 31), last_word)]; }
     __device__ void open(u32 from) {
-        position = from, chunk = from / 64;
+        position = from, chunk = from / 128;
         __syncwarp();
         #pragma unroll
         for (u32 i = 0; i < 4; i++) ring[32 * (chunk + i & 3) + (threadIdx.x & 31)] = word(chunk + i);
@@ -43,45 +43,52 @@ struct Decoder {
         __syncwarp();
     }
     __device__ void advance() {
-        if (position / 64 == chunk) return;   // the same for all lanes
+        if (position / 128 == chunk) return;   // the same for all lanes
         __syncwarp();
         #pragma unroll 1
         do {
             ring[32 * (chunk & 3) + (threadIdx.x & 31)] = ahead;
             ahead = word(++chunk + 4);
-        } while (position / 64 != chunk);
+        } while (position / 128 != chunk);
         __syncwarp();
     }
     __device__ void refill(bool need) {
         const u32 who = __ballot_sync(FULL, need);
-        const u32 next = ((const u16*)ring)[position + __popc(who & lanes_before) & 255];
+        const u32 next = *(const u16*)((const u8*)ring + (position + 2 * __popc(who & lanes_before) & 511));
         if (need) x = x << 16 | next;
-        position += __popc(who);
+        position += 2 * __popc(who);
     }
     __device__ void refill() { refill(x < LOWEST_STATE); }
     // The F, C << 16 and so on of the symbol (kv_entropy.cuh).
-    __device__ uint2 read(const u8* slots, const uint2* symbols) {
+    __device__ uint2 read(const u8* slots, const uint2* entries) {
         const u32 slot = x & 1023u;
-        const uint2 symbol = symbols[slots[slot]];
-        x = (symbol.x & 0xffffu) * (x >> 10) + slot - (symbol.x >> 16);
-        return symbol;
+        const uint2 entry = entries[slots[slot]];
+        x = (entry.x & 0xffffu) * (x >> 10) + slot - (entry.x >> 16);
+        return entry;
     }
     __device__ u32 bits(u32 n) {
         const u32 value = x & ~(~0u << n);
         x >>= n;
         return value;
     }
+    // 1, or -1 for a negative value; nothing is read unless `there`. With the refill behind it.
+    __device__ int sign(bool there) {
+        const u32 n = there ? 1 : 0, one = x & n;
+        x >>= n;
+        refill();
+        return 1 - 2 * (int)one;
+    }
 };
 
-// 2.10: a value as magnitude | sign << 31. `late`: without its sign.
-struct Values {
-    const u8* slots;          // of the table
-    const uint2* symbols;
-    u32 low, always_signed;   // bits behind each symbol; not 0: zeros have signs, too
+// 2.10: magnitudes, of which `sign` and a refill are still to come.
+struct Magnitudes {
+    const u8* slots;        // of the table
+    const uint2* entries;   // of the part
+    u32 low;                // bits behind each symbol
 
-    __device__ u32 operator()(Decoder& decoder, bool late) const {
-        const uint2 symbol = decoder.read(slots, symbols);
-        const u32 n = low + (symbol.y >> 16);
+    __device__ u32 operator()(Decoder& decoder) const {
+        const uint2 entry = decoder.read(slots, entries);
+        const u32 n = low + (entry.y >> 16);
         u32 rest;
         if (__any_sync(FULL, n > 4)) {
             rest = decoder.bits(min(n, 4u));
@@ -90,13 +97,7 @@ struct Values {
         } else {
             rest = decoder.bits(n);
         }
-        u32 v = ((symbol.y & 0xffffu) << low) + rest;
-        if ((v | always_signed) != 0 && !late) {
-            v |= decoder.x << 31;
-            decoder.x >>= 1;
-        }
-        decoder.refill();
-        return v;
+        return ((entry.y & 0xffffu) << low) + rest;
     }
 };
 
@@ -111,26 +112,25 @@ __device__ inline void put(u16* data, u32 at, u32 values, u32 pair) {
     }
 }
 
-// 2.9 backwards, for the two sequences of a group: what `Values` returned to storage bits.
+// 2.9 backwards, for the two sequences of a group: signed v to storage bits, but for the signs of zeros.
 template <typename T>
 struct Restorer {
     Grid grid;
-    int predicted;   // all bits or none
-    bool plain;      // else zeros have signs
-    int a0 = 0, a1 = 0;
-    u32 any = 0;     // of all magnitudes of q
+    int predicted;            // all bits or none
+    int a0 = 8, a1 = 8;       // a + 8
+    int weight = 80;          // 8 x 10 for the first pair, 3 x 16 for the others
+    u32 any = 0;              // of all magnitudes of q
 
-    __device__ u32 operator()(u32 i, u32 v0, u32 v1) {
-        int q0 = v0 & 0x7fffffffu, q1 = v1 & 0x7fffffffu;
-        q0 = ((int)v0 < 0 ? -q0 : q0) + ((a0 + 8) >> 4 & predicted);
-        q1 = ((int)v1 < 0 ? -q1 : q1) + ((a1 + 8) >> 4 & predicted);
-        a0 = i ? a0 + ((48 * q0 - 3 * a0) >> 3) : 10 * q0;
-        a1 = i ? a1 + ((48 * q1 - 3 * a1) >> 3) : 10 * q1;
+    __device__ u32 operator()(int v0, int v1) {
+        const int q0 = v0 + (a0 >> 4 & predicted), q1 = v1 + (a1 >> 4 & predicted);
+        a0 += (weight * q0 + (24 - 3 * a0)) >> 3;
+        a1 += (weight * q1 + (24 - 3 * a1)) >> 3;
+        weight = 48;
         const u32 m0 = abs(q0), m1 = abs(q1);
         any |= m0 | m1;
-        const u32 y = Storage<T>::pack(grid.point(__uint_as_float(MAGIC_BITS | (m0 & MAGNITUDE_MASK))),
-                                       grid.point(__uint_as_float(MAGIC_BITS | (m1 & MAGNITUDE_MASK))));
-        return y | (u32)(plain ? q0 : (int)v0) >> 31 << 15 | ((u32)(plain ? q1 : (int)v1) & 0x80000000u);
+        // too large ones, of damaged streams, give any value
+        const u32 y = Storage<T>::pack(grid.point(__uint_as_float(MAGIC_BITS | m0)), grid.point(__uint_as_float(MAGIC_BITS | m1)));
+        return y | ((u32)q0 >> 16 & 0x8000u) | ((u32)q1 & 0x80000000u);
     }
 };
 
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
             if (number % warps != warp) continue;
             const Stream s(number, groups);
             Decoder decoder = {(const u32*)payload, bytes / 4 - 1, ring, (1u << lane) - 1};
-            decoder.open(here_start + 2 * s.lanes);
+            decoder.open(2 * here_start + 4 * s.lanes);
             decoder.x = LOWEST_STATE;
             if (lane < s.lanes) {
                 const u16* const first = half_words + here_start + 2 * lane;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
                 const bool last = here && in_stream + s.lanes >= s.groups;
                 const u32 part = here ? g.part(group) : 0;
                 const u8* const slots = table0 + (parts_in_tables > 1 ? part * DECODE_BYTES : 0);
-                const uint2* const symbols = (const uint2*)(slots + SLOT_BYTES);
+                const uint2* const entries = (const uint2*)(slots + SLOT_BYTES);
                 int shift = 0;
                 u32 flag = 0, c = 0;   // as c = 0 takes nothing, lanes without a group do nothing
                 if (here) {
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
                         const u32 pair = group % groups_per_row;
                         shift = hints[2 * pair], flag = hints[2 * pair + 1] & 1;
                     }
-                    c = decoder.read(slots + CLASS_ROW * 1024, symbols + CLASS_ROW * NUM_SYMBOLS).y;
+                    c = decoder.read(slots + CLASS_ROW * 1024, entries).y;
                     if (c != ESCAPED) c = (u32)((int)c - CLASS_LIMIT + (int)(part ? base1 : base0) + shift + 78) % ESCAPED;
                     if (!hints) flag = decoder.bits(1);
                 }
@@ -233,32 +233,38 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
                 decoder.advance();
 
                 const bool plain = c < SIGNED_ZEROS;
-                const Values next = {slots + row_of(c) * 1024, symbols + row_of(c) * NUM_SYMBOLS, low_of(c), !plain};
+                const Magnitudes next = {slots + row_of(c) * 1024, entries, low_of(c)};
                 const u32 offset = here ? g.offset(group) : 0;
-                Restorer<T> restore = {Grid(part ? step1 : step0), flag && plain ? -1 : 0, plain};
-                if (!__any_sync(FULL, last || c == ESCAPED)) {
+                Restorer<T> restore = {Grid(part ? step1 : step0), flag && plain ? -1 : 0};
+                if (!__any_sync(FULL, last || !plain)) {
                     #pragma unroll 1
-                    for (u32 i = 0; i < 16; i++) {
-                        const u32 v0 = next(decoder, false), v1 = next(decoder, false), pair = restore(i, v0, v1);
-                        if (here) put<FAST>(page, offset + i * g.pair_stride, values, pair);
+                    for (u32 i = 0, at = offset; i < 16; i++, at += g.pair_stride) {
+                        u32 v = next(decoder);
+                        const int v0 = decoder.sign(v != 0) * (int)v;
+                        v = next(decoder);
+                        const int v1 = decoder.sign(v != 0) * (int)v;
+                        const u32 pair = restore(v0, v1);
+                        if (here) put<FAST>(page, at, values, pair);
                         decoder.advance();
                     }
                     if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
                     continue;
                 }
-                // Signs come late, or there are storage bits: all values first. They wait where the page will be, or
-                // in shared memory where a group may reach beyond it.
+                // Signs come late, or zeros have some, or there are storage bits: all values first. They wait where the
+                // page will be, or in shared memory where a group may reach beyond it.
                 u32 any = 0;
                 #pragma unroll 1
                 for (u32 i = 0; i < 16; i++) {
-                    const u32 v0 = next(decoder, false), v1 = next(decoder, last);
+                    const u32 v0 = next(decoder);
+                    u32 word = (v0 & 0x7fffu) | (decoder.sign(v0 != 0 || !plain) < 0 ? 0x8000u : 0);
+                    const u32 v1 = next(decoder);
+                    word |= (v1 & 0x7fffu) << 16 | (decoder.sign((v1 != 0 || !plain) && !last) < 0 ? 0x80000000u : 0);
                     any |= v0 | v1;
-                    const u32 word = (v0 & 0x7fffu) | v0 >> 31 << 15 | (v1 & 0x7fffu) << 16 | (v1 & 0x80000000u);
                     if (!FAST) stage[32 * i] = word;
                     else if (here) *(u32*)(page + offset + i * g.pair_stride) = word;
                     decoder.advance();
                 }
-                if ((any & 0x7fff8000u) || (last && decoder.x >> 16 != 1)) bad |= BAD_STREAMS;
+                if (any >> 15 || (last && decoder.x >> 16 != 1)) bad |= BAD_STREAMS;
                 #pragma unroll 1
                 for (u32 i = 0; i < 16 && here; i++) {
                     const u32 at = offset + i * g.pair_stride;
@@ -269,13 +275,15 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
                         word |= sign << 31;
                     }
                     if (c != ESCAPED) {
-                        word = restore(i, (word & 0x7fffu) | word >> 15 << 31, (word >> 16 & 0x7fffu) | (word & 0x80000000u));
+                        const int v0 = word & 0x7fffu, v1 = word >> 16 & 0x7fffu;
+                        const u32 zero_signs = plain ? 0 : word & 0x80008000u;   // of other values the same as v's
+                        word = restore(word & 0x8000u ? -v0 : v0, word >> 31 ? -v1 : v1) | zero_signs;
                     }
                     put<FAST>(page, at, values, word);
                 }
                 if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
             }
-            if (decoder.position != start) bad |= BAD_STREAMS;
+            if (decoder.position != 2 * start) bad |= BAD_STREAMS;
         }
         bad = __reduce_or_sync(FULL, bad);
         if (lane == 0) shared_bad[warp] = bad;
