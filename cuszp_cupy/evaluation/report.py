@@ -39,9 +39,9 @@ TAX_CAPTION = (
 
 ACCURACY_CAPTION = (
     "bits / value: everything counted, kv with 16 bytes of metadata a page of 16 tokens; its K and V: as pages "
-    "of their own. KL: of the next-token distribution from that of the untouched cache, nats a token. top-1: the "
-    "same most likely token. ΔNLL: paired, nats a token. ±: one standard error, over windows. PPL moves within "
-    "its noise: judge by KL and top-1."
+    "of their own. At one bound every kv brings back the same values. KL: of the next-token distribution from "
+    "that of the untouched cache, nats a token. top-1: the same most likely token. ΔNLL: paired, nats a token. "
+    "±: one standard error, over windows. PPL moves within its noise: judge by KL and top-1."
 )
 SERVE_CAPTION = (
     "requests/s: of all rounds, ± half the interquartile range over rounds; to first token: from submission, all "
@@ -527,14 +527,16 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
         own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["bits_per_value"])
         same = [row for row in own if "/" not in row["bound"]]
         apart = [row for row in own if "/" in row["bound"]]
-        for some, style in ((same, "o-"), (apart, "x")):
+        for some, style, label in ((same, "o-", name), (apart, "x", None)):
             x = [row["bits_per_value"] for row in some]
-            axes.plot(x, [row["kl"] for row in some], style, ms=4.5, color=f"C{i}")
-        _label(axes, name, own[min(i, len(own) - 1)], f"C{i}")  # of codings at one bound, KL is the same
+            axes.plot(x, [row["kl"] for row in some], style, ms=4.5, color=f"C{i}", label=label)
     for row in (row for row in rows if not row["bound"]):
         bar = {"yerr": row["kl_error"]} if row["kl_error"] < row["kl"] else {}
         axes.errorbar(row["bits_per_value"], row["kl"], fmt="s", ms=6, color="black", capsize=2, **bar)
-        _label(axes, row["variant"], row, "black")
+        style = {"fontsize": 9, "weight": "bold", "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+        point = row["bits_per_value"], row["kl"]
+        axes.annotate(row["variant"], point, (7, 6), textcoords="offset points", **style)
+    axes.legend(loc="upper right")
     axes.set(xlabel="bits a value, everything counted (16 uncompressed)", yscale="log")
     axes.set_ylabel("KL divergence from the untouched cache, nats a token")
     axes.set_title(f"{title}. Crosses: K and V apart", fontsize=10)
@@ -578,10 +580,3 @@ def plot_serve(result: dict, title: str, path: str | Path) -> None:
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _label(axes, text: str, row: dict, colour: str) -> None:
-    """Write ``text`` beside the point of a row."""
-    point = row["bits_per_value"], row["kl"]
-    style = {"fontsize": 9, "color": colour, "weight": "bold", "bbox": {"fc": "white", "ec": "none", "pad": 1}}
-    axes.annotate(text, point, (7, 6), textcoords="offset points", **style)
