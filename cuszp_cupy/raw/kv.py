@@ -109,7 +109,7 @@ def encode(
 def _encoding(dtype, geometry, bounds, coding, aligned) -> tuple[bool, int, tuple]:
     """(whether the fast kernel will do, number of the coding, (kind, step, factor) of two parts)."""
     assert len(bounds) == len(geometry.part_values)
-    fast = aligned and not any(w % 4 for w in _widths(geometry))
+    fast = aligned and _is_fast(geometry) and not any(w % 4 for w in _widths(geometry))
     parts = [_part(bound, n) for bound, n in zip(bounds, geometry.part_values, strict=True)]
     raw = coding == "raw" or any(k == 0 and s < LOWEST_STEP[dtype] for k, s, _ in parts)
     first, second = (parts * 2)[:2]
@@ -137,7 +137,7 @@ def decode(
         aligned: whether every page address is a multiple of 4.
     """
     assert num_pages > 0 and rows_ptr % 16 == 0
-    fast = _bool(aligned and not geometry.flat)
+    fast = _bool(aligned and _is_fast(geometry))
     before, after = (payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages), _geometry_arguments(geometry)
     chunks = num_chunks(geometry)
     if chunks == 1:
@@ -187,7 +187,7 @@ def encode_entropy(
     first, threads = _tables_arguments(tables, tables_ptr, geometry), entropy_threads(geometry)
     grid = min(num_pages, blocks or num_pages)
     after = _geometry_arguments(geometry)
-    fast = _bool(aligned and not geometry.flat)
+    fast = _bool(aligned and _is_fast(geometry))
     launch(
         "kv_entropy_encode", f"kv_entropy_analyse<{dtype}, {fast}>", grid, threads, "Q" * 16,
         (pages_ptr, fixed_rows_ptr, slots_ptr, num_pages, first[1], *after),
@@ -223,7 +223,7 @@ def decode_entropy(
     assert num_pages > 0
     first, threads = _tables_arguments(tables, tables_ptr, geometry), entropy_threads(geometry)
     grid = min(num_pages, blocks or num_pages)
-    fast = aligned and not geometry.flat
+    fast = aligned and _is_fast(geometry)
     launch(
         "kv_entropy_decode", f"kv_entropy_decode<{dtype}, {_bool(fast)}>", grid, threads, "Q" * 21,
         (payloads_ptr, rows_ptr, pages_ptr, status_ptr, num_pages, *first, *_geometry_arguments(geometry)),
@@ -299,6 +299,11 @@ def _launch(name, expression, geometry, num_tasks, blocks, types, arguments) -> 
     shared = 64 * 2 * threads + 16
     assert shared <= MOST_SHARED
     launch(name, expression, min(num_tasks, blocks or num_tasks), threads, types, arguments, shared)
+
+
+def _is_fast(geometry: Geometry) -> bool:
+    """Whether FAST kernels, which divide by approximation, find the groups of such pages."""
+    return not geometry.flat and geometry.groups < 1 << 20
 
 
 def _bool(value: bool) -> str:

@@ -94,8 +94,12 @@ struct Geometry {
         u32 channel = flat() ? group * 32 : group % groups_per_row * 2;
         return channel % period >= kw;
     }
-    // Both, for token groups and fewer than 2^20 groups.
-    __device__ u32 locate(u32 group, u32& part) const {
+    // Both. FAST: for token groups and fewer than 2^20 groups.
+    template <bool FAST = true> __device__ u32 locate(u32 group, u32& part) const {
+        if constexpr (!FAST) {
+            part = this->part(group);
+            return offset(group);
+        }
         const u32 row = fast_divide(group, groups_per_row), channel = 2 * (group - row * groups_per_row);
         part = kw != period && channel - fast_divide(channel, period) * period >= kw;
         return row * row_stride + channel;

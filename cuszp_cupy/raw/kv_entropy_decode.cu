@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
                 const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
                 const bool here = s.has(in_stream);
                 const bool last = here && in_stream + s.lanes >= s.groups;
-                const u32 part = here ? g.part(group) : 0;
+                u32 part = 0;
+                const u32 offset = here ? g.locate<FAST>(group, part) : 0;
                 const u8* const slots = table0 + (parts_in_tables > 1 ? part * DECODE_BYTES : 0);
                 const uint2* const entries = (const uint2*)(slots + SLOT_BYTES);
                 int shift = 0;
@@ -234,7 +235,6 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
 
                 const bool plain = c < SIGNED_ZEROS;
                 const Magnitudes next = {slots + row_of(c) * 1024, entries, low_of(c)};
-                const u32 offset = here ? g.offset(group) : 0;
                 Restorer<T> restore = {Grid(part ? step1 : step0), flag && plain ? -1 : 0};
                 if (!__any_sync(FULL, last || !plain)) {
                     #pragma unroll 1

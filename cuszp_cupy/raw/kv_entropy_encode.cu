@@ -40,7 +40,7 @@ struct Slot {
     u32* words;        // 16 a group: word i of group k is words[i groups + k], as `analyse` leaves them
     u32* ends;         // of the streams in the payload
     u16* bases;        // as in the payload
-    u8* classes;       // c | flag << 7 of each group
+    u8* classes;       // c | part << 6 | flag << 7 of each group
 
     __device__ Slot(u8* slot, u32 values, u32 groups) {
         fixed = (const uint4*)slot;
@@ -83,12 +83,12 @@ struct Values {
 
     __device__ void operator()(Encoder& encoder, u32 v, bool late) const {
         const u32 magnitude = v & 0x7fffu, scaled = magnitude >> low;
-        const bool with_sign = (magnitude | always_signed) != 0 && !late;
+        const u32 with_sign = (magnitude | always_signed) != 0 && !late;
         if (!__any_sync(FULL, scaled >= EXACT_SYMBOLS || low > 4)) {
             const uint4 entry = entries[scaled];
-            encoder.make_room(entry.y >> low >> with_sign);
-            if (with_sign) encoder.push_bits(v >> 15, 1);
-            encoder.push_bits(magnitude & ~(~0u << low), low);
+            const u32 n = low + with_sign;
+            encoder.make_room(entry.y >> n);
+            encoder.push_bits((v >> 15 & with_sign) << low | (magnitude & ~(~0u << low)), n);
             encoder.push(entry);
             return;
         }
@@ -106,11 +106,10 @@ struct Values {
     }
 };
 
-// 2.9: one group. `words`: its pairs, each half of a word sign and magnitude of v. Returns c | flag << 7.
+// 2.9: the group at `offset`. `words`: its pairs, each half of a word sign and magnitude of v. Returns c | flag << 7.
 // `hint`: the flag, or -1 where there are no hints.
 template <typename T, bool FAST>
-__device__ u32 analyse(const u16* page, const Geometry& g, u32 group, int step, int hint, u32 (&words)[16]) {
-    const u32 offset = g.offset(group);
+__device__ u32 analyse(const u16* page, const Geometry& g, u32 offset, int step, int hint, u32 (&words)[16]) {
     u32 largest = 0, negative_zero = 0;
     #pragma unroll
     for (u32 i = 0; i < 16; i++) {
@@ -150,7 +149,7 @@ __device__ u32 analyse(const u16* page, const Geometry& g, u32 group, int step, 
     return bit_length(sum_of_differences) | 128;
 }
 
-// What `analyse` left of the group of this lane in a turn: its words, and c | flag << 7. Zeros where it has none: c = 0
+// What `analyse` left of the group of this lane in a turn: its words, and its byte of `classes`. Zeros where it has none: c = 0
 // takes nothing, so such lanes do nothing.
 __device__ inline void fetch(const Slot& work, const Stream& s, u32 turn, u32 groups, u32 (&words)[16], u32& found) {
     const u32 in_stream = turn * s.lanes + (threadIdx.x & 31), group = s.first + in_stream;
@@ -266,12 +265,12 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 5) kv_entropy_analyse(
         u32 count[2] = {0, 0};
         #pragma unroll 1
         for (u32 group = tid; group < groups; group += blockDim.x) {
-            const u32 part = g.part(group), pair = group % groups_per_row;
+            u32 part, words[16];
+            const u32 offset = g.locate<FAST>(group, part), pair = hints ? group % groups_per_row : 0;
             const int shift = hints ? hints[2 * pair] : 0;
-            u32 words[16];
-            const u32 found = analyse<T, FAST>(page, g, group, part ? step1 : step0, hints ? hints[2 * pair + 1] & 1 : -1, words);
+            const u32 found = analyse<T, FAST>(page, g, offset, part ? step1 : step0, hints ? hints[2 * pair + 1] & 1 : -1, words);
             const u32 c = found & 127u;
-            work.classes[group] = (u8)found;
+            work.classes[group] = (u8)(found | part << 6);
             #pragma unroll
             for (u32 i = 0; i < 16; i++) work.words[i * groups + group] = words[i];
             if (c == ESCAPED) continue;
@@ -331,14 +330,13 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, BLOCKS) kv_entropy_encode(
             const Stream s(number, groups);
             const u32 begin = GUARD / 2 + 32 * s.first, end = begin + 32 * s.groups, least = begin + 2 * s.lanes;
             Encoder encoder = {work.half_words - GUARD / 2, end, LOWEST_STATE};
-            u32 ahead[16], found_ahead;   // of the next turn's group: the words, and c | flag << 7; fetched early
+            u32 ahead[16], found_ahead;   // of the next turn's group: the words, and what `classes` says; fetched early
             fetch(work, s, s.turns - 1, groups, ahead, found_ahead);
             #pragma unroll 1
             for (u32 turn = s.turns; turn-- > 0 && encoder.position >= least;) {
                 const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
                 const bool here = s.has(in_stream), last = here && in_stream + s.lanes >= s.groups;
-                const u32 c = found_ahead & 127u, flag = found_ahead >> 7;
-                const u32 part = here ? g.part(group) : 0;
+                const u32 c = found_ahead & 63u, part = found_ahead >> 6 & 1u, flag = found_ahead >> 7;
                 const int shift = here && hints ? hints[2 * (group % groups_per_row)] : 0;
                 if (last) {
                     encoder.x = 0x10000u;
