@@ -243,6 +243,7 @@ def entropy_slot_bytes(geometry: Geometry) -> int:
     return -(-geometry.nbytes // 16) * 16 + -(-work // 16) * 16
 
 
+@functools.lru_cache(64)
 def entropy_tables(tables) -> np.ndarray:
     """Return what the kernels read of ``Tables``, as uint8: for each part, then the hints (kv_entropy.cuh)."""
     memory = [_part_tables(tables, part) for part in range(2)]
