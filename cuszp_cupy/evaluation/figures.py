@@ -69,16 +69,24 @@ def page_sizes(rows: list[dict], path) -> None:
                 (lines[name],) = axes.plot(x, y, style, color=colour, ms=4.5)
         link = max(row["gbps"] for row in here if row["transport"] == "large copy")
         most = link * max(row["ratio"] for row in here if row["transport"] == "staged")
-        for height, text, style in ((link, "link", "-"), (most, "ratio x link", ":")):
+        for height, text, style, side in ((link, "link", "-", "top"), (most, "ratio x link", ":", "bottom")):
             axes.axhline(height, color="black", lw=1, ls=style)
-            axes.annotate(f"{text}: {height:.0f}", (0.98, height), (0, 2), axes.get_yaxis_transform(),
-                          textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
+            axes.annotate(
+                f"{text}: {height:.0f}",
+                (0.02, height),
+                (0, -3 if side == "top" else 3),
+                axes.get_yaxis_transform(),
+                textcoords="offset points",
+                va=side,
+                fontsize=9,
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sizes, map(str, sizes))
         axes.set_yticks(ticks := [1, 2, 5, 10, 20, 50, 100, 200, 500], map(str, ticks))
         axes.set(xlabel="page, KiB", title=f"{WAYS[way]} ({way})")
-        axes.set_ylim(0.8 * min(row["gbps"] for row in rows), 1.7 * most)
+        drawn = [row["gbps"] for row in rows if (row["transport"], row["slots"]) in PAGE_CURVES]
+        axes.set_ylim(0.8 * min(drawn), 1.7 * most)
         axes.minorticks_off()
         axes.grid(True, alpha=0.3)
     panels[0].set_ylabel("raw GB/s")
