@@ -103,7 +103,7 @@ def accuracy_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--bound",
         metavar="B",
-        type=_bounds,
+        type=_bound,
         action="append",
         help="instead of the usual ones: rms:0.05, or rms:0.05/rms:0.1 for K and V; can be repeated",
     )
@@ -122,7 +122,7 @@ def serve_parser() -> argparse.ArgumentParser:
     _add_load(result)
     add = result.add_argument
     add("--fill", action="store_true", help="scale the shape's K and V by channel as real KV is")
-    add("--bound", metavar="B", type=_bounds, action="append",
+    add("--bound", metavar="B", type=_bound, action="append",
         help="rms:0.05 (default), or rms:0.05/rms:0.1 for K and V; can be repeated")  # fmt: skip
     add("--coding", choices=codec.KV_CODINGS, default="fixed", help="(default: %(default)s)")
     add("--transport", choices=TRANSPORTS, help="of vllm_patch (default: its own)")
@@ -268,14 +268,6 @@ def _text(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text}: there is no such file")
     return Path(text)
-
-
-def _bounds(text: str) -> str:
-    try:
-        accuracy.parse_bound(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _bound(text: str) -> str:

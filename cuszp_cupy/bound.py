@@ -1,5 +1,7 @@
 """Error bounds: ``abs:E``, ``rel:E`` (times max - min) and ``rms:A`` (times the root mean square).
 
+Pages of K and V take pairs of them, too, and ``PRESETS``.
+
 >>> Bound.parse("rms:0.05")
 Bound(kind='rms', value=0.05)
 >>> str(Bound("abs", 0.125))
@@ -12,6 +14,10 @@ import math
 from dataclasses import dataclass
 
 KINDS = ("abs", "rel", "rms")
+#: name -> bounds of K and V, by what they were measured to match in results/accuracy-h100.json (SmolLM2-135M,
+#: WikiText-2): a KL divergence no larger than that of a cache in FP8 e4m3, or in NVFP4; about a quarter of FP8's.
+#: Other models may bear less: ``python bench.py accuracy MODEL TEXT``.
+PRESETS = {"as-fp8": "rms:0.05/rms:0.07", "as-nvfp4": "rms:0.14/rms:0.24", "near-lossless": "rms:0.02/rms:0.02"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,10 @@ class Bound:
         if isinstance(bound, str):
             kind, colon, value = bound.partition(":")
             if not colon:
-                raise ValueError(f"bound: expected text like 'abs:1e-3', 'rel:1e-3' or 'rms:0.05', got {bound!r}")
+                raise ValueError(
+                    f"bound: expected text like 'abs:1e-3', 'rel:1e-3' or 'rms:0.05' (for pages of K and V also "
+                    f"{', '.join(map(repr, PRESETS))}), got {bound!r}"
+                )
             try:
                 return cls(kind.strip(), float(value))
             except ValueError as error:
@@ -64,7 +73,20 @@ class Bound:
 
 
 def parse_parts(bound, parts: int) -> tuple[Bound, ...]:
-    """Return one Bound a part: ``bound`` for each, or, given a pair, the first for K, the second for V."""
+    """Return one Bound a part: ``bound`` for each, or, given a pair, the first for K, the second for V.
+
+    A pair may be text as well: ``rms:0.05/rms:0.1``, or a name in PRESETS; for pages of one part, K or V, that
+    stands for the stricter of its two.
+
+    >>> [str(bound) for bound in parse_parts("as-fp8", 2)]
+    ['rms:0.05', 'rms:0.07']
+    """
+    if isinstance(bound, str):
+        name = bound.strip()
+        pair = [Bound.parse(text) for text in PRESETS.get(name, bound).split("/")]
+        if name in PRESETS and parts == 1:
+            return (min(pair, key=lambda one: one.value),)
+        bound = pair if len(pair) > 1 else pair[0]
     if isinstance(bound, (tuple, list)):
         if len(bound) != parts:
             raise ValueError(f"bound: the page has {parts} part(s), got {len(bound)} bounds")

@@ -80,11 +80,8 @@ VARIABLES = {setting.name: f"CUSZP_{setting.name.upper()}" for setting in fields
 
 
 def _pair(text: str) -> tuple[str, str]:
-    """``rms:0.05`` or, K and V apart, ``rms:0.05/rms:0.1``: as (K, V)."""
-    parts = tuple(part.strip() for part in text.split("/"))
-    if len(parts) > 2:
-        raise ValueError("expected a bound, or two as K/V")
-    return tuple(str(bound) for bound in parse_parts(parts if len(parts) == 2 else parts[0], 2))
+    """``rms:0.05``, K and V apart ``rms:0.05/rms:0.1``, or a preset: as (K, V)."""
+    return tuple(str(bound) for bound in parse_parts(text, 2))
 
 
 def _layers(text: str) -> dict[int, str]:

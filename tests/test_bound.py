@@ -1,7 +1,9 @@
 """Bounds: parsing, showing, refusing; and the assertions with which all tests check bounds."""
 
 import fractions
+import json
 import math
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +12,7 @@ from assertions import assert_same_bits, assert_within
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuszp_cupy.bound import KINDS, Bound, parse_parts
+from cuszp_cupy.bound import KINDS, PRESETS, Bound, parse_parts
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_what_is_shown_parses_to_the_same(kind, value):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("0.05", r"expected text like 'abs:1e-3', 'rel:1e-3' or 'rms:0.05', got '0.05'"),
+        ("0.05", r"expected text like 'abs:1e-3', 'rel:1e-3' or 'rms:0.05' .*, got '0.05'"),
         ("", r"expected text like .* got ''"),
         ("psnr:60", r"expected abs:E, rel:E or rms:A, got the kind 'psnr'"),
         (":1", r"got the kind ''"),
@@ -119,3 +121,31 @@ def test_assert_same_bits_fails_on_the_sign_of_zero_and_on_shapes():
     for other in (-zero, np.zeros((1, 2), np.float16), np.zeros(2, ml_dtypes.bfloat16)):
         with pytest.raises(AssertionError):
             assert_same_bits(zero, other)
+
+
+def test_presets_are_backed_by_the_results():
+    """Each name's bounds were measured, and no more was lost than with the cache it is named for."""
+    rows = json.loads((Path(__file__).parents[1] / "results" / "accuracy-h100.json").read_text())["rows"]
+    peers = {row["variant"]: row["kl"] for row in rows if row["bound"] is None}
+    limits = {"as-fp8": peers["FP8 e4m3"], "as-nvfp4": peers["NVFP4"], "near-lossless": 0.26 * peers["FP8 e4m3"]}
+    lost = {}
+    for row in rows:
+        if row["bound"]:
+            lost[parse_parts(row["bound"], 2)] = row["kl"]
+    assert PRESETS.keys() == limits.keys()
+    for name, limit in limits.items():
+        assert lost[parse_parts(name, 2)] <= limit, name
+
+
+def test_pairs_as_text():
+    assert parse_parts("rms:0.05 / rel:0.1", 2) == (Bound("rms", 0.05), Bound("rel", 0.1))
+    assert parse_parts("as-fp8", 1) == (Bound("rms", 0.05),)
+    for text, parts, message in (
+        ("rms:1/rms:2", 1, "1 part"),
+        ("rms:1/rms:2/rms:3", 2, "2 part"),
+        ("rms:1/", 2, "text like"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_parts(text, parts)
+    with pytest.raises(ValueError, match="'as-fp8', 'as-nvfp4', 'near-lossless'"):
+        parse_parts("as-fp16", 2)

@@ -102,7 +102,7 @@ def test_configure_sets_the_variables_that_workers_read(monkeypatch):
     ("settings", "message"),
     [
         ({"bound": "rms"}, r"CUSZP_BOUND='rms': bound: expected text like"),
-        ({"bound": "rms:1/rms:2/rms:3"}, "or two as K/V"),
+        ({"bound": "rms:1/rms:2/rms:3"}, "got 3 bounds"),
         ({"coding": "zip"}, "CUSZP_CODING='zip'"),
         ({"transport": "bus"}, "CUSZP_TRANSPORT='bus': expected one of auto, staged, fused, raw"),
         ({"layers": "one=raw"}, "CUSZP_LAYERS='one=raw': expected rules like"),

@@ -65,16 +65,6 @@ class Variant:
         return f"kv {self.codec}" if self.bound else self.codec
 
 
-def parse_bound(text: str):
-    """Return the bounds of K and V that ``text`` says; raise ValueError where it says none.
-
-    >>> parse_bound("rms:0.05/rms:0.1")[1]
-    Bound(kind='rms', value=0.1)
-    """
-    bounds = text.split("/")
-    return parse_parts(bounds if len(bounds) > 1 else text, 2)
-
-
 def default_bounds(quick: bool = False) -> list[str]:
     """Return the bounds that are measured: for both parts, then (not if ``quick``) for K and V apart."""
     if quick:
@@ -149,7 +139,7 @@ def replaced(variants: list[Variant], k, v, xp=np, tables: tuple | None = None):
             results.append((to_bfloat16(y, xp), bits))
         (k, k_bits), (v, v_bits) = results
         return k, v, [(k_bits + v_bits, k_bits, v_bits)], None
-    bounds = parse_bound(variants[0].bound)
+    bounds = parse_parts(variants[0].bound, 2)
     pages, alone = to_pages(k, v, xp), [one_part(k, xp), one_part(v, xp)]
     geometry = Geometry(*pages.shape[1:], parts=(k.shape[3], v.shape[3]))
     jobs = [(pages, bounds, geometry), (alone[0], bounds[0], None), (alone[1], bounds[1], None)]
@@ -345,7 +335,7 @@ def calibrate(model, held_out: np.ndarray, bounds: list[str], notes: list[str], 
 
 def layer_tables(pages: np.ndarray, geometry: Geometry, bound: str) -> tuple[Tables, Tables, Tables]:
     """Return the tables that are made from ``pages``: for pages like them, for K's alone, for V's alone."""
-    both = reference.calibrate(pages, parse_bound(bound), geometry=geometry)
+    both = reference.calibrate(pages, parse_parts(bound, 2), geometry=geometry)
     in_v = np.arange(0, geometry.channels, 2) % sum(geometry.parts) >= geometry.parts[0]
     alone = [Tables(both.classes[[i, i]], both.symbols[[i, i]], both.hints[in_v == i]) for i in (0, 1)]
     return both, *alone
