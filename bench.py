@@ -341,10 +341,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         report.write_json(result, options.json)
 
-    console.print(report.codec_table(result["rows"], machine.title(described)))
+    title, notes = report.with_library(machine.title(described), result["notes"])
+    console.print(report.codec_table(result["rows"], title))
     if result["link"]:
         console.print(report.link_table(result["link"], "the link: device to host, host to device"))
-    for note in result["notes"]:
+    for note in notes:
         console.print(note, highlight=False, markup=False)
     return 0
 
@@ -385,11 +386,12 @@ def swap_main(arguments: list[str]) -> int:
     if options.plot:
         report.plot_swap(result, options.plot)
     title = f"{machine.title(described)}, {options.coding}, {options.bound}"
+    title, notes = report.with_library(title, result["notes"])
     console.print(report.swap_table(result["rows"], title, swap.BATCH_BYTES))
     console.print(report.ablation_table(result["ablation"]))
     console.print(report.tax_table(result["tax"]))
     console.print(report.descriptor_table(result["descriptors"]))
-    for note in result["notes"]:
+    for note in notes:
         console.print(note, highlight=False, markup=False)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from rich import box
@@ -410,6 +411,16 @@ def study_lines(results: list[dict]) -> list[str]:
         if result["why"]:
             reasons.setdefault((result["state"], result["why"]), []).append(result["name"])
     return [f"{state}: {', '.join(names)}: {why}" for (state, why), names in reasons.items()]
+
+
+def with_library(title: str, notes: list[str]) -> tuple[str, list[str]]:
+    """Return the title of a table with the note that names libcuSZp's version and path, and the other notes.
+
+    >>> with_library("a machine", ["libcuSZp 3.0.0: /lib/libcuSZp.so", "more"])
+    ('a machine\\nlibcuSZp 3.0.0: /lib/libcuSZp.so', ['more'])
+    """
+    named = [note for note in notes if re.match(r"libcuSZp [\d.]+: ", note)]
+    return "\n".join([title, *named]), [note for note in notes if note not in named]
 
 
 def soak_lines(result: dict) -> list[str]:
