@@ -147,8 +147,9 @@ def configure(**settings) -> Settings:
     """Set up what workers that start from now on do; return all settings. Sets the ``CUSZP_*`` variables.
 
     Args:
-        bound: for every layer: text as in ``cuszp_cupy.Bound``, or a pair (K, V). ``CUSZP_BOUND``: ``K/V``.
-        coding: ``fixed`` or ``raw``.    transport: of ``SwapPipeline``.
+        bound: for every layer, as ``bound.parse_parts`` takes it: ``rms:0.05``, a pair (K, V), as text ``K/V``,
+            or a preset like ``as-fp8``.
+        coding: ``fixed``, ``entropy`` or ``raw``.    transport: of ``SwapPipeline``.
         layers: bounds of some layers, by number: ``{0: "raw", "1-3": "rms:0.02"}``, or the text
             ``"0=raw;1-3=rms:0.02"``. Each stretch of neighbours that differs from the next takes a pipeline of
             its own, four at most; what is beyond stays raw.
