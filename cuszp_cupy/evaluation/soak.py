@@ -68,9 +68,9 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     Returns:
         ``seconds``; ``calls`` of each kind and ``evictions``; ``pages_stored``, ``pages_loaded``, ``mismatches``
         (pages that came back other than expected), ``damaged`` (pages whose checksum failed);
-        ``growth_bytes`` since the warm-up, of ``device``, ``arguments`` (of the pipelines, pinned and as much
-        on the device) and ``host`` (what the process holds); ``fragmentation`` of the arena, the largest and
-        the last.
+        ``growth_bytes`` since the warm-up, of ``device`` (by all processes on it), ``pool`` (CuPy's), ``arguments``
+        (of the pipelines, pinned and as much on the device) and ``host`` (what the process holds);
+        ``fragmentation`` of the arena, the largest and the last.
     """
     import cupy
 
@@ -172,11 +172,12 @@ def some_slots(rng, num: int) -> np.ndarray:
 
 
 def memory(sides) -> dict[str, int]:
-    """Return bytes in use: of the device, of the pipelines' arguments, of this process on the host."""
+    """Return bytes in use: of the device, of CuPy's pool, of the pipelines' arguments, of this process's host memory."""
     import cupy
 
     free, total = cupy.cuda.runtime.memGetInfo()
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         resident = next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS"))
     arguments = sum(pipeline.memory()["argument_bytes"] for pipeline, _ in sides)
-    return {"device": total - free, "arguments": arguments, "host": resident}
+    pool = cupy.get_default_memory_pool().total_bytes()
+    return {"device": total - free, "pool": pool, "arguments": arguments, "host": resident}
