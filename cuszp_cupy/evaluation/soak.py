@@ -68,8 +68,8 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     Returns:
         ``seconds``; ``calls`` of each kind and ``evictions``; ``pages_stored``, ``pages_loaded``, ``mismatches``
         (pages that came back other than expected), ``damaged`` (pages whose checksum failed);
-        ``growth_bytes`` since the warm-up, of ``device`` (by all processes on it), ``pool`` (CuPy's), ``arguments``
-        (of the pipelines, pinned and as much on the device) and ``host`` (what the process holds);
+        ``growth_bytes`` since the warm-up, of ``device`` (all processes on it), ``pool`` (CuPy's), ``arguments``
+        (the pipelines', pinned and as much on the device) and ``host`` (what the process holds);
         ``fragmentation`` of the arena, the largest and the last.
     """
     import cupy
@@ -172,7 +172,7 @@ def some_slots(rng, num: int) -> np.ndarray:
 
 
 def memory(sides) -> dict[str, int]:
-    """Return bytes in use: of the device, of CuPy's pool, of the pipelines' arguments, of this process's host memory."""
+    """Return bytes in use: of the device, CuPy's pool, the pipelines' arguments, this process on the host."""
     import cupy
 
     free, total = cupy.cuda.runtime.memGetInfo()
