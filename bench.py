@@ -297,28 +297,18 @@ def _output(text: str) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["swap"]:
-        return swap_main(arguments[1:])
-    if arguments[:1] == ["accuracy"]:
-        return accuracy_main(arguments[1:])
-    if arguments[:1] == ["serve"]:
-        return serve_main(arguments[1:])
-    if arguments[:1] == ["baseline"]:
-        return baseline_main(arguments[1:])
-    if arguments[:1] == ["study"]:
-        return study_main(arguments[1:])
-    if arguments[:1] == ["report"]:
-        return report_main(arguments[1:])
+    commands = {
+        "swap": swap_main, "accuracy": accuracy_main, "serve": serve_main, "baseline": baseline_main,
+        "study": study_main, "report": report_main,
+    }  # fmt: skip
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
     command_line = parser()
     options = command_line.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 130)
     missing = machine.gpu_missing()
     if options.plot:
         report.pyplot()  # raises now, not after a minute of work
-    if options.device is not None:
-        if missing:
-            command_line.error(f"--device {options.device}: {missing}")
-        _use_device(command_line, options.device)
+    _use_device(command_line, options.device)
 
     described = machine.describe()
     result = {
@@ -342,11 +332,10 @@ def main(arguments: list[str] | None = None) -> int:
         report.write_json(result, options.json)
 
     title, notes = report.with_library(machine.title(described), result["notes"])
-    console.print(report.codec_table(result["rows"], title))
+    shown = [report.codec_table(result["rows"], title)]
     if result["link"]:
-        console.print(report.link_table(result["link"], "the link: device to host, host to device"))
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
+        shown.append(report.link_table(result["link"], "the link: device to host, host to device"))
+    show(*shown, *notes, width=130)
     return 0
 
 
@@ -354,15 +343,13 @@ def swap_main(arguments: list[str]) -> int:
     """Run ``bench.py swap``; return the exit status: 1 without a GPU or if ``--soak`` found a wrong page."""
     command_line = swap_parser()
     options = command_line.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
     missing = machine.gpu_missing()
     if missing:
         print(f"bench.py swap needs a GPU: {missing}", file=sys.stderr)
         return 1
     if options.plot:
         report.pyplot()  # raises now, not after minutes of work
-    if options.device is not None:
-        _use_device(command_line, options.device)
+    _use_device(command_line, options.device)
     seconds = options.seconds or (0.3 if options.quick else 1.5)
     described = machine.describe()
     result = {
@@ -380,19 +367,16 @@ def swap_main(arguments: list[str]) -> int:
     if options.json:
         report.write_json(result, options.json)
     if options.soak:
-        for line in [machine.title(described), *report.soak_lines(result["soak"])]:
-            console.print(line, highlight=False, markup=False)
+        show(machine.title(described), *report.soak_lines(result["soak"]))
         return int(bool(result["soak"]["mismatches"] or result["soak"]["damaged"]))
     if options.plot:
         report.plot_swap(result, options.plot)
     title = f"{machine.title(described)}, {options.coding}, {options.bound}"
     title, notes = report.with_library(title, result["notes"])
-    console.print(report.swap_table(result["rows"], title, swap.BATCH_BYTES))
-    console.print(report.ablation_table(result["ablation"]))
-    console.print(report.tax_table(result["tax"]))
-    console.print(report.descriptor_table(result["descriptors"]))
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
+    show(
+        report.swap_table(result["rows"], title, swap.BATCH_BYTES), report.ablation_table(result["ablation"]),
+        report.tax_table(result["tax"]), report.descriptor_table(result["descriptors"]), *notes,
+    )  # fmt: skip
     return 0
 
 
@@ -400,17 +384,13 @@ def accuracy_main(arguments: list[str]) -> int:
     """Run ``bench.py accuracy``; return the exit status: 1 where torch or transformers is missing."""
     command_line = accuracy_parser()
     options = command_line.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
     missing = accuracy.missing()
     if missing:
         print(f"bench.py accuracy: {missing}", file=sys.stderr)
         return 1
     if options.plot:
         report.pyplot()  # raises now, not after minutes of work
-    if options.device is not None:
-        if why := machine.gpu_missing():
-            command_line.error(f"--device {options.device}: {why}")
-        _use_device(command_line, options.device)
+    _use_device(command_line, options.device)
     tokens = options.tokens or (accuracy.QUICK_WINDOWS * options.context if options.quick else accuracy.TOKENS)
     bounds = list(dict.fromkeys(options.bound or accuracy.default_bounds(options.quick)))
     described, notes = machine.describe(), []
@@ -436,9 +416,8 @@ def accuracy_main(arguments: list[str]) -> int:
     what = f"{parameters['model']}, {parameters['tokens']} tokens of {parameters['text']}"
     if options.plot:
         report.plot_accuracy(rows, what, options.plot)
-    console.print(report.accuracy_table(rows, f"{machine.title(described)}\n{what}"))
-    for note in [*report.equal_kl_lines(result["equal_kl"]), *notes]:
-        console.print(note, highlight=False, markup=False)
+    table = report.accuracy_table(rows, f"{machine.title(described)}\n{what}")
+    show(table, *report.equal_kl_lines(result["equal_kl"]), *notes)
     return 0
 
 
@@ -449,7 +428,6 @@ def serve_main(arguments: list[str]) -> int:
     _check_load(command_line, options)
     if options.processes == "one" and options.tensor_parallel > 1:
         command_line.error("--tensor-parallel takes more processes than one: fork or spawn")
-    console = Console(width=None if sys.stdout.isatty() else 150)
     if missing := serve.missing():
         print(f"bench.py serve: {missing}", file=sys.stderr)
         return 1
@@ -470,10 +448,8 @@ def serve_main(arguments: list[str]) -> int:
     title = f"vLLM {version}, {case['model']}, {options.coding}"
     if options.plot:
         report.plot_serve(result, title, options.plot)
-    for table in report.serve_tables(result, f"{machine.title(described)}\n{title}"):
-        console.print(table)
-    for line in report.serve_lines(result):
-        console.print(line, highlight=False, markup=False)
+    tables = report.serve_tables(result, f"{machine.title(described)}\n{title}")
+    show(*tables, *report.serve_lines(result))
     return int(bool(result["problems"]))
 
 
@@ -491,7 +467,6 @@ def baseline_main(arguments: list[str]) -> int:
     command_line = baseline_parser()
     options = command_line.parse_args(arguments)
     _check_load(command_line, options)
-    console = Console(width=None if sys.stdout.isatty() else 150)
     if missing := serve.missing():
         print(f"bench.py baseline: {missing}", file=sys.stderr)
         return 1
@@ -506,9 +481,8 @@ def baseline_main(arguments: list[str]) -> int:
     if options.json:
         report.write_json(result, options.json)
     what = f"vLLM {result['sizes'][0]['vllm']}, {result['case']['model']}, KV offloaded uncompressed"
-    console.print(report.baseline_table(result["rows"], f"{machine.title(described)}\n{what}"))
-    for line in report.baseline_lines(result):
-        console.print(line, highlight=False, markup=False)
+    table = report.baseline_table(result["rows"], f"{machine.title(described)}\n{what}")
+    show(table, *report.baseline_lines(result))
     return int(bool(result["problems"]))
 
 
@@ -521,7 +495,7 @@ def study_main(arguments: list[str]) -> int:
     if unknown:
         command_line.error(f"--only: no step {', '.join(sorted(unknown))}; --list shows them")
     steps = [one for one in steps if not options.only or one.name in options.only]
-    console, described = Console(width=None if sys.stdout.isatty() else 150), machine.describe()
+    described = machine.describe()
     folder, gpu = options.folder or study.folder_of(described), described["gpu"] and described["gpu"]["name"]
     try:
         whole = study.Study(steps, folder, gpu, study.lacking(options.model, options.text))
@@ -533,9 +507,8 @@ def study_main(arguments: list[str]) -> int:
     else:
         with progress() as step:
             results = whole.run(step, options.minutes)
-    console.print(report.study_table(steps, results, f"{machine.title(described)}\n{folder}"))
-    for line in report.study_lines(results):
-        console.print(line, highlight=False, markup=False)
+    table = report.study_table(steps, results, f"{machine.title(described)}\n{folder}")
+    show(table, *report.study_lines(results))
     return int(any(result["state"] == "failed" for result in results))
 
 
@@ -544,10 +517,7 @@ def report_main(arguments: list[str]) -> int:
     command_line = report_parser()
     options = command_line.parse_args(arguments)
     missing = machine.gpu_missing()
-    if options.device is not None:
-        if missing:
-            command_line.error(f"--device {options.device}: {missing}")
-        _use_device(command_line, options.device)
+    _use_device(command_line, options.device)
     try:
         with progress() as step:
             if options.layers:
@@ -565,8 +535,7 @@ def report_main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"bench.py report: {error}", file=sys.stderr)
         return 1
-    for line in lines:
-        Console().print(line, highlight=False, markup=False)
+    show(*lines, width=80)
     return 0
 
 
@@ -597,6 +566,13 @@ def serve_case(options: argparse.Namespace, folder: Path) -> serve.Case:
     )  # fmt: skip
 
 
+def show(*what, width: int = 150) -> None:
+    """Print tables and lines, as wide as the terminal, or ``width`` where stdout is none."""
+    console = Console(width=None if sys.stdout.isatty() else width)
+    for one in what:
+        console.print(one, highlight=False, markup=False)
+
+
 @contextlib.contextmanager
 def progress():
     """Yield a function that says on stderr what is being done: in place on a terminal, else line by line."""
@@ -608,7 +584,12 @@ def progress():
         yield lambda text: print(f"{time.perf_counter() - begin:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
-def _use_device(command_line: argparse.ArgumentParser, device: int) -> None:
+def _use_device(command_line: argparse.ArgumentParser, device: int | None) -> None:
+    """Make ``device`` the current GPU; None leaves it."""
+    if device is None:
+        return
+    if missing := machine.gpu_missing():
+        command_line.error(f"--device {device}: {missing}")
     import cupy
 
     count = cupy.cuda.runtime.getDeviceCount()
