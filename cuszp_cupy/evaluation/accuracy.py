@@ -18,10 +18,10 @@ import numpy as np
 from .. import reference
 from ..bound import parse_parts
 from ..codec import encode_pages
-from ..format import HEADER_BYTES, TILE_TOKENS, Geometry
+from ..format import TILE_TOKENS, Geometry
 from ..tables import BUILT_IN, Tables
 from . import emulated
-from .codec import METADATA_BYTES, as_float32, check_within, page_error_over_eb
+from .codec import as_float32, check_within, page_bytes, page_error_over_eb
 from .data import DTYPES
 from .machine import gpu_missing
 
@@ -110,8 +110,9 @@ def encoded(pages, bound, geometry: Geometry | None, coding: str, tables: Tables
     if isinstance(pages, np.ndarray):
         options = {"geometry": geometry, "tables": tables}
         blobs = [reference.encode_page(page, bound, coding, **options) for page in pages]
-        nbytes = sum(len(blob) - HEADER_BYTES + METADATA_BYTES for blob in blobs)
-        return 8 * nbytes, lambda: np.stack([reference.decode_page(blob, tables=tables) for blob in blobs])
+        return 8 * page_bytes(blobs), lambda: np.stack(
+            [reference.decode_page(blob, tables=tables) for blob in blobs]
+        )
     result = encode_pages(pages, bound, coding, geometry=geometry, tables=tables)
     return 8 * result.nbytes, result.decode
 

@@ -148,10 +148,15 @@ def reference_rows(bounds=KV_BOUNDS, quick: bool = False, step=lambda text: None
     return rows
 
 
+def page_bytes(blobs: list[bytes]) -> int:
+    """Return what the pages of ``blobs`` take in a table: METADATA_BYTES instead of a header each."""
+    return sum(len(blob) - HEADER_BYTES + METADATA_BYTES for blob in blobs)
+
+
 def _reference_pages(name: str, pages: np.ndarray, geometry: Geometry, coding: str, bound: str) -> dict:
     blobs = [reference.encode_page(page, bound, coding, geometry=geometry) for page in pages]
     decoded = np.stack([reference.decode_page(blob) for blob in blobs]).reshape(pages.shape)
-    nbytes = sum(len(blob) - HEADER_BYTES + METADATA_BYTES for blob in blobs)
+    nbytes = page_bytes(blobs)
     error = page_error_over_eb(pages, decoded, bound, geometry.parts)
     return row(
         data=name, mbytes=pages.nbytes / 1e6, codec=f"kv {coding}", bound=bound, ratio=pages.nbytes / nbytes,
@@ -176,7 +181,7 @@ def rate_error(quick: bool = False, step=lambda text: None) -> list[dict]:
             step(f"rate against error: {part}, {bound}")
             blobs = [reference.encode_page(page, bound) for page in pages]
             error = x - as_float32(np.stack([reference.decode_page(blob) for blob in blobs]))
-            nbytes = sum(len(blob) - HEADER_BYTES + METADATA_BYTES for blob in blobs)
+            nbytes = page_bytes(blobs)
             points.append(
                 {
                     "part": part,
@@ -201,8 +206,7 @@ def layer_bits(step=lambda text: None) -> list[dict]:
         step(f"bits of each layer: {coding}, {bound}")
         for part, pages in data.kv_pages().items():
             for layer, own in zip(data.layers(), np.split(pages, len(data.layers())), strict=True):
-                sizes = [len(reference.encode_page(page, bound, coding)) for page in own]
-                nbytes = sum(sizes) - len(sizes) * (HEADER_BYTES - METADATA_BYTES)
+                nbytes = page_bytes([reference.encode_page(page, bound, coding) for page in own])
                 what = {"coding": coding, "bound": bound, "layer": layer, "part": part}
                 rows.append(what | {"bits_per_value": 8 * nbytes / own.size})
     return rows

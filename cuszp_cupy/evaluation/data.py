@@ -18,8 +18,7 @@ def kv_sample() -> np.ndarray:
 
     ``cuszp_cupy/data/README.md`` says what it is and where it comes from.
     """
-    with resources.files("cuszp_cupy").joinpath("data/kv_sample.npz").open("rb") as file:
-        sample = np.load(file)["kv_bf16_bits"].view(DTYPES["bfloat16"])
+    sample = _sample("kv_bf16_bits").view(DTYPES["bfloat16"])
     sample.flags.writeable = False
     return sample
 
@@ -30,8 +29,12 @@ def layers() -> list[int]:
     >>> layers()
     [0, 7, 15, 29]
     """
+    return _sample("layers").tolist()
+
+
+def _sample(name: str) -> np.ndarray:
     with resources.files("cuszp_cupy").joinpath("data/kv_sample.npz").open("rb") as file:
-        return np.load(file)["layers"].tolist()
+        return np.load(file)[name]
 
 
 def kv_pages(tokens: int = 16, dtype: str = "bfloat16") -> dict[str, np.ndarray]:

@@ -188,7 +188,7 @@ def _by_page_size(rows: list[dict]):
         "GB/s of batches one after the other. Arena: the pipeline's own memory; rows: slots of some pages next "
         "to each other; scattered: each page anywhere. raw copy: one batched call, or a few 2-D ones."
     )
-    table = report._table("", caption, ("page KiB",), ("slots", "way"), (*names, "ratio"))
+    table = report.new_table("", caption, ("page KiB",), ("slots", "way"), (*names, "ratio"))
     cases = {}
     for row in rows:
         cases.setdefault((row["page_kib"], row["slots"], row["direction"]), {})[row["transport"]] = row
@@ -233,7 +233,7 @@ def _layers(page: Page) -> None:
         figures.layer_bits, rows,
     )  # fmt: skip
     bounds = list(dict.fromkeys(row["bound"] for row in rows))
-    table = report._table("", "", ("layer",), ("part", "coding"), bounds)
+    table = report.new_table("", "", ("layer",), ("part", "coding"), bounds)
     cases = {}
     for row in rows:
         case = cases.setdefault((row["layer"], row["part"], row["coding"]), {})

@@ -113,10 +113,8 @@ def codec_table(rows: list[dict], title: str) -> Table:
 
 def link_table(rows: list[dict], title: str) -> Table:
     """Return the table of ``evaluation.codec.link_rows``."""
-    table = Table(title=title, caption=LINK_CAPTION, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("data", "what", "bound", "ratio", "to host:\nraw GB/s", "link\nGB/s", "± %",
-                 "from host:\nraw GB/s", "link\nGB/s", "± %"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("data", "what", "bound") else "right")
+    numbers = ("ratio", "to host:\nraw GB/s", "link\nGB/s", "± %", "from host:\nraw GB/s", "link\nGB/s", "± %")
+    table = new_table(title, LINK_CAPTION, (), ("data", "what", "bound"), numbers)
     for row in rows:
         cells = [row["data"], row["what"], row["bound"] or "", _show(row["ratio"], "{:.2f}")]
         for where in ("to_host", "from_host"):
@@ -129,7 +127,7 @@ def link_table(rows: list[dict], title: str) -> Table:
 
 def swap_table(rows: list[dict], title: str, batch_bytes: int) -> Table:
     """Return the table of ``evaluation.swap.case_rows``."""
-    table = _table(
+    table = new_table(
         title, SWAP_CAPTION.format(mbytes=batch_bytes / 1e6), ("page\nKiB",), ("slots", "way", "transport"),
         ("GB/s", "± %", "alone\nGB/s", "x\ncopy", "share", "link\nGB/s", "ratio", "over-\nlap", "host\nMB",
          "call\nms", "missed"),
@@ -154,7 +152,9 @@ def swap_table(rows: list[dict], title: str, batch_bytes: int) -> Table:
 
 def tax_table(rows: list[dict]) -> Table:
     """Return the table of ``evaluation.tax.tax_rows``."""
-    table = _table("the tax", TAX_CAPTION, (), ("work", "beside", "way"), ("ms", "± %", "slowdown", "swap\nGB/s"))
+    table = new_table(
+        "the tax", TAX_CAPTION, (), ("work", "beside", "way"), ("ms", "± %", "slowdown", "swap\nGB/s")
+    )
     for row in rows:
         alone = row["swap"] is None
         if alone and table.row_count:
@@ -171,7 +171,7 @@ def ablation_table(rows: list[dict]) -> Table:
     """Return the table of ``evaluation.swap.ablation_rows``."""
     caption = "Both directions at once, raw GB/s of each while both are under way; pages of 64 KiB in the arena."
     numbers = ("store\nGB/s", "load\nGB/s", "both\nGB/s", "± %")
-    table = _table("one direction only", caption, (), ("store", "load"), numbers)
+    table = new_table("one direction only", caption, (), ("store", "load"), numbers)
     for row in rows:
         cells = [f"{row[key]:.1f}" for key in ("store_gbps", "load_gbps", "gbps", "spread_percent")]
         table.add_row(row["store"], row["load"], *cells)
@@ -184,7 +184,7 @@ def descriptor_table(rows: list[dict]) -> Table:
         "One call for all pages of 64 KiB, given by their addresses; rows of 512 KiB. GB/s: from call to done."
     )
     numbers = ("pages", "call\nms", "longest", "GB/s", "growth\nMB")
-    table = _table("many descriptors", caption, (), ("call", "transport"), numbers)
+    table = new_table("many descriptors", caption, (), ("call", "transport"), numbers)
     for row in rows:
         cells = [f"{row[key]:.2f}" for key in ("host_ms", "largest_host_ms")]
         cells += [f"{row['gbps']:.1f}", f"{row['device_growth_bytes'] / 1e6:.1f}"]
@@ -195,7 +195,7 @@ def descriptor_table(rows: list[dict]) -> Table:
 def accuracy_table(rows: list[dict], title: str) -> Table:
     """Return the table of ``evaluation.accuracy.measure``."""
     numbers = ("bits /\nvalue", "K", "V", "ratio", "max err\n/ eb", "KL", "±", "top-1", "±", "PPL", "ΔNLL", "±")
-    table = _table(title, ACCURACY_CAPTION, (), ("cache", "bound"), numbers)
+    table = new_table(title, ACCURACY_CAPTION, (), ("cache", "bound"), numbers)
     patterns = (
         ("bits_per_value", "{:.2f}"), ("k_bits_per_value", "{:.2f}"), ("v_bits_per_value", "{:.2f}"),
         ("ratio", "{:.2f}"), ("max_error_over_eb", "{:.3f}"), ("kl", "{:.4f}"), ("kl_error", "{:.4f}"),
@@ -242,7 +242,7 @@ def serve_tables(result: dict, title: str) -> list[Table]:
 def _serve_rows(rows: list[dict], title: str) -> Table:
     numbers = ("new\ntokens", "in\nflight", "requests", "requests\n/s", "± %", "x raw", "to first\ntoken p50",
                "p90", "p99\nms", "cached")  # fmt: skip
-    table = _table(title, SERVE_CAPTION, (), ("prompt\ntokens", "what", "variant"), numbers)
+    table = new_table(title, SERVE_CAPTION, (), ("prompt\ntokens", "what", "variant"), numbers)
 
     def case(row):
         return row["what"], *(row[key] for key in PASS)
@@ -271,7 +271,7 @@ def _serve_rows(rows: list[dict], title: str) -> Table:
 def _transfers(variants: dict) -> Table:
     numbers = ("calls", "GB", "GB/s", "x raw", "large\ncalls", "largest\nMB", "GB/s", "± %", "x raw")
     caption = TRANSFER_CAPTION.format(large=LARGE / 1e6)
-    table = _table("transfers", caption, (), ("way", "variant"), numbers)
+    table = new_table("transfers", caption, (), ("way", "variant"), numbers)
     for way in ("store", "load"):
         if table.row_count:
             table.add_section()
@@ -293,7 +293,7 @@ def _times(row: dict, raw: dict, key: str) -> str:
 def _moved(variants: dict) -> Table:
     numbers = ("pages\nstored", "loaded", "GB\nstored", "link\nGB", "GB\nloaded", "link\nGB", "ratio",
                "kept\nraw", "missed", "dam-\naged", "checked", "refer-\nence", "max err\n/ eb")  # fmt: skip
-    table = _table("what moved", MOVED_CAPTION, (), ("variant", "worker"), numbers)
+    table = new_table("what moved", MOVED_CAPTION, (), ("variant", "worker"), numbers)
     for name, result in variants.items():
         for i, worker in enumerate(result["stats"]):
             for one in worker["pipelines"]:
@@ -310,7 +310,7 @@ def _moved(variants: dict) -> Table:
 
 def _agreement(rows: list[dict]) -> Table:
     numbers = ("requests", "all tokens\nthe same", "same\ntokens", "same\nfirst", "KL")
-    table = _table("agreement", AGREEMENT_CAPTION, (), ("variant", "against"), numbers)
+    table = new_table("agreement", AGREEMENT_CAPTION, (), ("variant", "against"), numbers)
     for row in rows:
         shares = [f"{row[key]:.4f}" for key in ("same_all", "same_tokens", "same_first")]
         cells = [str(row["requests"]), *shares, _show(row["first_kl"], "{:.5f}")]
@@ -321,7 +321,7 @@ def _agreement(rows: list[dict]) -> Table:
 def _beside(variants: dict) -> Table:
     caption = BESIDE_CAPTION.format(decoders=DECODERS)
     numbers = ("tokens/s\nalone", "beside", "of\nalone", "x raw", "restored\n/s")
-    table = _table("decoding beside restores", caption, (), ("variant",), numbers)
+    table = new_table("decoding beside restores", caption, (), ("variant",), numbers)
     raw = variants["raw"]["beside"]
     for name, result in variants.items():
         if row := result["beside"]:
@@ -359,7 +359,7 @@ def baseline_table(rows: list[dict], title: str) -> Table:
     """Return the table of ``evaluation.baseline.measure``."""
     numbers = ("new\ntokens", "in\nflight", "requests\n/s", "end to end\np50", "p90", "p99\nms", "D2H\nms",
                "GB/s", "of the\ntime", "H2D\nms", "GB/s", "of the\ntime", "added", "x\ncomp.")  # fmt: skip
-    table = _table(title, BASELINE_CAPTION, (), ("GPU", "prompt\ntokens", "what", "variant"), numbers)
+    table = new_table(title, BASELINE_CAPTION, (), ("GPU", "prompt\ntokens", "what", "variant"), numbers)
     patterns = (
         ("requests_per_s", "{:.2f}"), ("end_to_end_ms_p50", "{:.1f}"), ("end_to_end_ms_p90", "{:.1f}"),
         ("end_to_end_ms_p99", "{:.1f}"), ("d2h_ms", "{:.1f}"), ("d2h_gbps", "{:.1f}"), ("d2h_share", "{:.0%}"),
@@ -394,7 +394,7 @@ def baseline_lines(result: dict) -> list[str]:
 
 def study_table(steps: list, results: list[dict], title: str) -> Table:
     """Return the table of the steps of ``evaluation.study`` and what became of them."""
-    table = _table(title, "minutes: expected on an H100, and taken.", (), ("step", "of"), ("minutes", "taken"))
+    table = new_table(title, "minutes: expected on an H100, and taken.", (), ("step", "of"), ("minutes", "taken"))
     table.add_column("state")
     for one, result in zip(steps, results, strict=True):
         taken = _show(result["minutes"], "{:.1f}")
@@ -436,8 +436,8 @@ def soak_lines(result: dict) -> list[str]:
     ]
 
 
-def _table(title: str, caption: str, *columns) -> Table:
-    """A table with columns (numbers, texts, numbers)."""
+def new_table(title: str, caption: str, *columns) -> Table:
+    """Return an empty table with columns (numbers, texts, numbers)."""
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for names, justify in zip(columns, ("right", "left", "right"), strict=True):
         for name in names:
