@@ -27,6 +27,7 @@ from .arena import Arena, runs
 from .bound import Bound, parse_parts
 from .codec import _cupy, pinned
 from .format import FormatError, Geometry
+from .page_table import reserve_after
 from .raw import copy as raw_copy
 from .raw import library
 from .stats import Counters
@@ -240,17 +241,8 @@ class Slots:
         Raises:
             MemoryError: too little is free, the old content of ``slots`` included; nothing has changed.
         """
-        before = self.arena.snapshot()
-        self._release(slots)
-        try:
-            offsets, pages = self.arena.reserve(slots.size, self._slot_bytes, max(slots.size, 1))
-        except MemoryError:
-            free = self.arena.free_bytes
-            self.arena.restore(before)
-            raise MemoryError(
-                f"arena: a store of {slots.size} pages needs {slots.size} x {self._slot_bytes} bytes until it "
-                f"has finished; {free} of {self.arena.nbytes} are free; drop slots, or store fewer pages at once"
-            ) from None
+        num, ranges, fewer = slots.size, [self._ranges(slots)], ", or store fewer pages at once"
+        offsets, pages = reserve_after(self.arena, ranges, num, self._slot_bytes, max(num, 1), fewer)
         self.nbytes[slots] = 0
         ends = offsets + pages * self._slot_bytes
         self._room = [list(each) for each in zip(offsets.tolist(), pages.tolist(), ends.tolist(), strict=True)]
@@ -274,15 +266,16 @@ class Slots:
 
     def drop(self, slots: np.ndarray) -> None:
         """Empty distinct ``slots``."""
-        self._release(slots)
+        self.arena.release(*self._ranges(slots))
         self.nbytes[slots] = 0
 
     def _close_room(self) -> None:
         start, _, end = self._room.pop(0)
         self.arena.release(np.array([start]), np.array([end]))
 
-    def _release(self, slots) -> None:
-        self.arena.release(self.offset[slots], self.offset[slots] + _padded(self.nbytes[slots]))
+    def _ranges(self, slots):
+        """Return what ``slots`` hold of the arena, as (starts, ends)."""
+        return self.offset[slots], self.offset[slots] + _padded(self.nbytes[slots])
 
 
 def _padded(nbytes):

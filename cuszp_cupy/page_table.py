@@ -124,22 +124,11 @@ class PageTable:
 
     def _reserve_more(self, slots):
         """Reserve with what freed ranges and the slots' old content offer, though transfers may still use it."""
-        before = self.arena.snapshot()
-        for _, starts, ends in self._limbo:
-            self.arena.release(starts, ends)
         old = slots[self._held[slots] > 0]
         start = self.address[old] - self.base
-        self.arena.release(start, start + self._held[old])
-        try:
-            regions = self.arena.reserve(slots.size, self.slot_bytes, self._most_pages)
-        except MemoryError:
-            free = self.arena.free_bytes
-            self.arena.restore(before)
-            raise MemoryError(
-                f"arena: a store of {slots.size} pages needs {slots.size} x {self.slot_bytes} bytes until it has "
-                f"finished; {free} of {self.arena.nbytes} are free; drop slots"
-                + (", or wait for the stores in flight, which need less in the end" if self._in_flight else "")
-            ) from None
+        ranges = [*(limbo[1:] for limbo in self._limbo), (start, start + self._held[old])]
+        wait = ", or wait for the stores in flight, which need less in the end" if self._in_flight else ""
+        regions = reserve_after(self.arena, ranges, slots.size, self.slot_bytes, self._most_pages, wait)
         self._limbo.clear()
         self._held[old] = 0
         return regions
@@ -265,6 +254,22 @@ class PageTable:
         fixed = slots[self._fixed[slots] > 0]
         if fixed.size:
             raise ValueError(f"slots: a prepared transfer holds {_some(fixed)}; close it first")
+
+
+def reserve_after(arena: Arena, ranges, num_pages: int, slot_bytes: int, most: int, otherwise: str):
+    """Give back ``ranges`` (starts, ends), then do as ``Arena.reserve``; if that fails, nothing has changed."""
+    before = arena.snapshot()
+    for starts, ends in ranges:
+        arena.release(starts, ends)
+    try:
+        return arena.reserve(num_pages, slot_bytes, most)
+    except MemoryError:
+        free = arena.free_bytes
+        arena.restore(before)
+        raise MemoryError(
+            f"arena: a store of {num_pages} pages needs {num_pages} x {slot_bytes} bytes until it has finished; "
+            f"{free} of {arena.nbytes} are free; drop slots{otherwise}"
+        ) from None
 
 
 def check_slots(slots, stamp: np.ndarray, num_pages: int | None = None, *, distinct: bool = False) -> np.ndarray:

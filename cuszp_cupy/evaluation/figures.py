@@ -108,7 +108,7 @@ def timeline(stages: list[dict], raw_ms: dict[str, float], path) -> None:
         axes.annotate(f"done {end:.2f} ms", (end, 1.2), (4, 0), textcoords="offset points", fontsize=9)
         axes.set_yticks([-1, 0, 1], ["raw copy", "copy", "encode" if direction == "store" else "decode"])
         axes.set(xlabel="" if direction == "store" else "ms since the call", ylim=(-1.6, 1.6))
-        axes.set_title(f"one staged {direction}, tile by tile", fontsize=10)
+        axes.title.set_fontsize(10)
     _save(figure, path)
 
 

@@ -183,9 +183,7 @@ def encode_entropy(
         tables_ptr: device address of ``entropy_tables(tables)``, 16-byte aligned.
         aligned: whether every page address is a multiple of 4.
     """
-    assert num_pages > 0
-    first, threads = _tables_arguments(tables, tables_ptr, geometry), entropy_threads(geometry)
-    grid = min(num_pages, blocks or num_pages)
+    first, grid, threads = _entropy_launch(tables, tables_ptr, geometry, num_pages, blocks)
     after = _geometry_arguments(geometry)
     fast = _bool(aligned and _is_fast(geometry))
     launch(
@@ -220,9 +218,7 @@ def decode_entropy(
             ``decode``, which leaves these pages with a status that says that their row is bad.
         tables, tables_ptr: as in ``encode_entropy``.
     """
-    assert num_pages > 0
-    first, threads = _tables_arguments(tables, tables_ptr, geometry), entropy_threads(geometry)
-    grid = min(num_pages, blocks or num_pages)
+    first, grid, threads = _entropy_launch(tables, tables_ptr, geometry, num_pages, blocks)
     fast = aligned and _is_fast(geometry)
     launch(
         "kv_entropy_decode", f"kv_entropy_decode<{dtype}, {_bool(fast)}>", grid, threads, "Q" * 21,
@@ -281,13 +277,14 @@ def _part_tables(tables, part: int) -> np.ndarray:
     return memory
 
 
-def _tables_arguments(tables, tables_ptr: int, geometry: Geometry) -> tuple[int, ...]:
-    """Addresses of tables and hints, id, digest, and of how many parts the tables are in shared memory."""
-    assert tables_ptr % 16 == 0
+def _entropy_launch(tables, tables_ptr: int, geometry: Geometry, num_pages: int, blocks: int | None):
+    """((addresses of tables and hints, id, digest, parts whose tables are in shared memory), grid, threads)."""
+    assert num_pages > 0 and tables_ptr % 16 == 0
     tables.check_geometry(geometry)
     same = geometry.parts is None or _parts_are_equal(tables)
     hints_ptr = 0 if tables.hints is None else tables_ptr + 2 * PART_BYTES
-    return tables_ptr, hints_ptr, tables.id, tables.digest, 1 if same else 2
+    arguments = tables_ptr, hints_ptr, tables.id, tables.digest, 1 if same else 2
+    return arguments, min(num_pages, blocks or num_pages), entropy_threads(geometry)
 
 
 @functools.lru_cache(64)

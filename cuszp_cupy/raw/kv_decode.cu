@@ -29,8 +29,6 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? BLOCKS : 1) kv_decode(
     u32* __restrict__ status, u32 num_pages,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer) {
-    extern __shared__ uint4 image4[];   // plane words of a chunk, from a multiple of 4 words on
-    u32* const image = (u32*)image4;
     __shared__ Shared shared;
     const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
     const u32 tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -41,12 +39,11 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? BLOCKS : 1) kv_decode(
         const u8* const payload = (const u8*)payloads[index] + 16ull * row.w;
         u16* const page = (u16*)pages[index];
         const Row said(row, g);
-        const u32 bytes = said.bytes;
         if (!said.good) {   // the same for all threads
             if (tid == 0) status[index] = BAD_ROW;
             continue;
         }
-        const u32 all_words = (bytes + 3) / 4;
+        const u32 bytes = row.y, all_words = (bytes + 3) / 4;
         u64 check = tid == 0 ? header_terms<T>(g, row.x, bytes) : 0;
         u32 bad = 0;
         if (tid < 2) shared.grid[tid] = Grid(tid ? said.s1 : said.s0);
@@ -79,7 +76,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? BLOCKS : 1) kv_decode(
             if (said.raw) {
                 write_raw(page, values, image4);
             } else {
-                write_groups<T, FAST>(shared, g, 0, image, at & 0xffffu, words_before + (at >> 16), page);
+                write_groups<T, FAST>(shared, g, 0, image4, at & 0xffffu, words_before + (at >> 16), page);
             }
         } while (false);
         if (tid == 0) status[index] = bad;

@@ -12,15 +12,16 @@ struct Shared {
     u32 scan[MAX_WARPS], bad[MAX_WARPS];
 };
 
+extern __shared__ uint4 image4[];   // plane words of a chunk, from a multiple of 4 words on
+
 // What a table row says (2.1).
 struct Row {
-    u32 bytes;   // of the payload
     bool raw;
     int s0, s1;
     bool good;   // could be an encoder's, as far as the row alone shows
 
-    __device__ Row(const uint4& row, const Geometry& g) : bytes(row.y) {
-        const u32 coding = row.x >> 20;
+    __device__ Row(const uint4& row, const Geometry& g) {
+        const u32 coding = row.x >> 20, bytes = row.y;
         raw = coding == CODING_RAW;
         s0 = (int)(row.x & 1023) - STEP_BIAS, s1 = (int)(row.x >> 10 & 1023) - STEP_BIAS;
         good = raw ? bytes == 2 * g.values && s0 == 0 && s1 == 0
@@ -149,7 +150,7 @@ __device__ inline void write_raw(u16* page, u32 count, const uint4* image) {
 // at `first` and at `second` of the image. `before` groups lie in the chunks before.
 template <typename T, bool FAST>
 __device__ void write_groups(
-    const Shared& shared, const Geometry& g, u32 before, const u32* image, u32 first, u32 second, u16* page) {
+    const Shared& shared, const Geometry& g, u32 before, const uint4* image, u32 first, u32 second, u16* page) {
     #pragma unroll 1   // one group in registers at a time
     for (u32 h = 0; h < 2; h++) {
         const u32 i = h * blockDim.x + threadIdx.x, group = before + i;
@@ -157,7 +158,7 @@ __device__ void write_groups(
         u32 part = 0, offset = 0;
         if (FAST) offset = g.locate(group, part);
         else if (present) offset = g.offset(group), part = g.part(group);
-        dequantise<T, FAST>(image + (h ? second : first), present ? code_of(shared, i) : 0, shared.grid[part],
+        dequantise<T, FAST>((const u32*)image + (h ? second : first), present ? code_of(shared, i) : 0, shared.grid[part],
                             Writer<FAST>{page, g, present, offset});
     }
 }

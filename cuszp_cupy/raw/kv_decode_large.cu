@@ -30,8 +30,6 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
     u32* __restrict__ status, u32 num_pages, Exchange* exchange,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer) {
-    extern __shared__ uint4 image4[];   // plane words of a chunk, from a multiple of 4 words on
-    u32* const image = (u32*)image4;
     __shared__ Shared shared;
     const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
     const u32 tid = threadIdx.x, lane = tid & 31;
@@ -45,12 +43,11 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
         const u8* const payload = (const u8*)payloads[index] + 16ull * row.w;
         u16* const page = (u16*)pages[index];
         const Row said(row, g);
-        const u32 bytes = said.bytes;
         if (!said.good) {   // the same for all threads
             if (tid == 0 && chunk == 0) status[index] = BAD_ROW;
             continue;
         }
-        const u32 all_words = (bytes + 3) / 4;
+        const u32 bytes = row.y, all_words = (bytes + 3) / 4;
         u64 check = tid == 0 && chunk == 0 ? header_terms<T>(g, row.x, bytes) : 0;
         u32 bad = 0, words = 0;   // in the chunks before
         __syncthreads();   // nobody is at work on the chunk before any more
@@ -92,7 +89,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
                 const u32 begin = chunk * blockDim.x * 64, count = min(values - begin, blockDim.x * 64);
                 write_raw(page + begin, count, image4);
             } else {
-                write_groups<T, FAST>(shared, g, first_group, image, at & 0xffffu, words_before + (at >> 16), page);
+                write_groups<T, FAST>(shared, g, first_group, image4, at & 0xffffu, words_before + (at >> 16), page);
             }
         } while (false);
         check = warp_check(check);

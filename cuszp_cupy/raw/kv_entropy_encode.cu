@@ -382,10 +382,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, BLOCKS) kv_entropy_encode(
         const u32 bytes_now = (shared.half_words + 1) / 2 * 4;
         entropy = entropy && bytes_now < fixed.y;
         const u32 bytes = entropy ? bytes_now : fixed.y;
-        if (tid == 0) {
-            const u32 i = regions ? regions[index] : 0;
-            shared.place = cursors ? atomicAdd(&cursors[i], (bytes + 15) / 16) : 0;
-        }
+        if (tid == 0) shared.place = reserve(bytes, index, regions, cursors);
         __syncthreads();
         u32* const payload = (u32*)payloads[index] + 4ull * shared.place;
         u64 check = 0;
