@@ -271,3 +271,4 @@ def test_a_short_soak_finds_nothing(coding):
     result = soak.soak(0.05, "rms:0.05", coding)
     assert result["mismatches"] == result["damaged"] == 0
     assert result["pages_loaded"] > 100
+    assert coding == "entropy" or "evictions" in result["calls"]  # pages of entropy are smaller, and come slower
