@@ -399,7 +399,7 @@ def _bind(connector, kinds) -> None:
     if any(handler._swap_blocks_batch.worker for handler in handlers):
         return  # registered again: vLLM keeps its worker and its memory, and so do we
     tensors = offload.tensors_of(handlers[0], kinds, settings)
-    runs, raw = offload.plan(tensors, settings.ring_mb << 20)
+    runs, raw = offload.plan(tensors, settings.ring_mb << 20, settings.coding)
     if not runs:
         _leave_raw(worker, "; ".join(raw))
         return

@@ -160,7 +160,7 @@ def row_regions(slots: np.ndarray, pages_per_row: int) -> tuple[np.ndarray, np.n
     >>> order.tolist(), first.tolist(), home.tolist()
     ([1, 3, 2, 0], [0, 2, 3, 4], [2, 0, 5])
     """
-    order = np.arange(slots.size) if (slots[1:] > slots[:-1]).all() else np.argsort(slots)
+    order = np.arange(slots.size) if (slots[1:] > slots[:-1]).all() else np.argsort(slots, kind="stable")
     row = slots[order] // pages_per_row
     first = np.flatnonzero(np.diff(row, prepend=-1))
     counts = np.diff(first, append=slots.size)
@@ -206,6 +206,8 @@ def _cuts(starts, ends, apart):
 def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stride: int = 0, rows=None):
     """Cut a load into tiles of pages and spans to copy; None if its payloads must be sorted by address before.
 
+    Where rows take turns, as with pages that come layer by layer, they must: spans would hold a payload each.
+
     Args:
         starts, lengths: of the payloads, multiples of 16.
         tile_pages, tile_bytes: pages and copied bytes of a tile at most; tile_pages payloads fit tile_bytes.
@@ -218,6 +220,8 @@ def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stri
     apart, total = np.zeros(starts.size - 1, bool), int(lengths.sum())
     apart[tile_pages - 1 :: tile_pages] = True
     if rows is not None:
+        if (rows[1:] < rows[:-1]).any():
+            return None
         apart |= rows[1:] != rows[:-1]
     for cut in _cuts(starts, starts + lengths, apart):
         first, span_starts, span_ends = cut

@@ -23,7 +23,7 @@ import numpy as np
 from .arena import runs as copy_runs
 from .bound import parse_parts
 from .format import Geometry, check_coding
-from .pipeline import BUFFERS, TILE_BYTES, TRANSPORTS, HostRows
+from .pipeline import TRANSPORTS, HostRows, tile_limit
 
 MOST_PIPELINES = 4  # each has streams and a ring of its own
 ATTENTION = ("FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec")
@@ -309,26 +309,26 @@ class Run:
     part of it.
 
     Args:
-        ring_bytes: the pipeline's.
+        ring_bytes, coding: the pipeline's.
 
     Raises:
         ValueError: no page fits the ring, or none is aligned as the pipeline needs it.
     """
 
-    def __init__(self, tensors: list[Tensor], ring_bytes: int):
+    def __init__(self, tensors: list[Tensor], ring_bytes: int, coding: str):
         first = tensors[0]
         self.tensors, self.kind, self.bound = tensors, first.kind, first.bound
         self.page_bytes, self.base, self.stride = first.page_bytes, first.cpu, first.stride
         self.num_rows, self.row_pages = first.num_rows, len(tensors) * first.width // first.page_bytes
         if self.base % 16 or self.stride % 16:
             raise ValueError("CPU memory whose pages or rows are no multiples of 16 bytes apart")
-        room = min(TILE_BYTES, ring_bytes // (2 * BUFFERS)) // self.page_bytes
+        room = tile_limit(ring_bytes, coding) // self.page_bytes
         parts = [n for n in range(1, min(self.row_pages, room) + 1) if self.row_pages % n == 0]
         fit = [n for n in parts if n == self.row_pages or self.stride % (n * self.page_bytes) == 0]
         if not fit:
             raise ValueError(
                 f"rows of {self.row_pages} pages of {self.page_bytes} bytes, {self.stride} bytes apart, and "
-                f"tiles of {room} pages (an eighth of CUSZP_RING_MB, at most {TILE_BYTES >> 20} MiB)"
+                f"tiles of {room} pages: raise CUSZP_RING_MB"
             )
         self.pages_per_row = max(fit)
         self.whole_rows = self.pages_per_row == self.row_pages
@@ -412,7 +412,7 @@ class Run:
         )
 
 
-def plan(tensors: list[Tensor], ring_bytes: int) -> tuple[list[Run], Counter]:
+def plan(tensors: list[Tensor], ring_bytes: int, coding: str = "fixed") -> tuple[list[Run], Counter]:
     """Return the runs to compress, in order of memory, and reason -> number of the tensors that stay raw."""
     raw = Counter(tensor.kind for tensor in tensors if isinstance(tensor.kind, str))
     stretches: list[list[Tensor]] = []
@@ -428,7 +428,7 @@ def plan(tensors: list[Tensor], ring_bytes: int) -> tuple[list[Run], Counter]:
     runs = []
     for stretch in sorted(kept, key=lambda stretch: stretch[0].cpu):
         try:
-            runs.append(Run(stretch, ring_bytes // len(kept)))
+            runs.append(Run(stretch, ring_bytes // len(kept), coding))
         except ValueError as error:
             raw[str(error)] += len(stretch)
     return runs, raw

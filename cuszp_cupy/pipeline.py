@@ -35,11 +35,13 @@ from .tables import BUILT_IN, Tables
 from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
 
 TRANSPORTS = ("auto", "staged", "fused", "raw")
-BUFFERS = 4  # tiles of each direction in the ring
-TILE_BYTES = 32 << 20  # raw bytes of a tile at most
+#: coding -> tiles of each direction in the ring, and raw bytes of a tile at most. Large ones cost the host less,
+#: and beside kernels that fill the GPU it is one tile that is coded whenever one of those ends; small ones of
+#: coding ``entropy``, whose kernels take longer, leave others more of the GPU.
+TILES = {"raw": (2, 64 << 20), "fixed": (2, 64 << 20), "entropy": (4, 32 << 20)}
 SCRATCH_BYTES = 98 << 20, 32 << 20, 32 << 20, 32 << 20  # of coding ``entropy``, for the lanes; a tile of stores
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
-BLOCK_PAGES = 1 << 15  # pages of a call that arguments are preallocated for
+BLOCKS, BLOCK_PAGES = 4, 1 << 15  # calls, and pages of a call, that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
 SPAN_BYTES, BATCH_SPAN_BYTES = 32 << 10, 8 << 10  # shorter copies than these, on average: the kernel reads itself
 _NOT_READY = 600  # cudaErrorNotReady
@@ -132,18 +134,19 @@ class SwapPipeline:
             return
 
         pages_per_row = host.pages_per_row if host else 1
-        tile_bytes = min(TILE_BYTES, ring_bytes // (2 * BUFFERS), -(-self.num_slots * self._slot_bytes))
+        buffers = TILES[coding][0]
+        tile_bytes = min(tile_limit(ring_bytes, coding), self.num_slots * self._slot_bytes)
         self._tile_pages = tile_bytes // self._slot_bytes
         if self._tile_pages < pages_per_row:
             raise ValueError(
-                f"ring_bytes: expected {2 * BUFFERS} x {pages_per_row * self._slot_bytes} bytes or more, for "
+                f"ring_bytes: expected {2 * buffers} x {pages_per_row * self._slot_bytes} bytes or more, for "
                 f"tiles of one {'row' if host else 'page'}, got {ring_bytes}"
             )
         self._tile_bytes = self._tile_pages * self._slot_bytes
         if host is None:
             if arena_bytes is None:
                 arena_bytes = (
-                    self.num_slots + min(self.num_slots, BUFFERS * self._tile_pages)
+                    self.num_slots + min(self.num_slots, buffers * self._tile_pages)
                 ) * self._slot_bytes
             if arena_bytes < self._slot_bytes:
                 raise ValueError(
@@ -164,12 +167,13 @@ class SwapPipeline:
         )
 
         # a page more, as above
-        self._ring = self._allocate(2 * BUFFERS * self._tile_bytes + self._slot_bytes)
+        self._ring_bytes = 2 * buffers * self._tile_bytes
+        self._ring = self._allocate(self._ring_bytes + self._slot_bytes)
         self._lanes = {}
         for i, name in enumerate(("store", "load", "fused store", "fused load")):
             streams = [cupy.cuda.Stream(non_blocking=True, priority=priority) for _ in range(2 if i < 2 else 1)]
             addresses = [
-                self._ring.ptr + (BUFFERS * i + j) * self._tile_bytes for j in range(BUFFERS if i < 2 else 0)
+                self._ring.ptr + (buffers * i + j) * self._tile_bytes for j in range(buffers if i < 2 else 0)
             ]
             buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
             self._lanes[name] = Lane(
@@ -179,7 +183,7 @@ class SwapPipeline:
 
         self._blocks = []  # free argument blocks
         self._block_bytes = 0
-        for _ in range(BUFFERS):
+        for _ in range(BLOCKS):
             self._blocks.append(self._new_block(min(self.num_slots, BLOCK_PAGES)))
         self._number = 0
         self._packed_share, self._single_share = Predictor(quantile), Predictor(quantile)
@@ -344,7 +348,7 @@ class SwapPipeline:
             if self._library:
                 return self._library.memory()
             usage = {
-                "ring_bytes": 2 * BUFFERS * self._tile_bytes,
+                "ring_bytes": self._ring_bytes,
                 "argument_bytes": self._block_bytes,
                 "table_bytes": self.table.memory.nbytes,
             }
@@ -513,7 +517,7 @@ class SwapPipeline:
             else:
                 found = self._spans(addresses[:num_known], lengths, units[:num_known])
                 if found is None:
-                    order = np.argsort(addresses[:num_known])
+                    order = np.argsort(addresses[:num_known], kind="stable")  # fast where layers follow layers
                     rows, lengths = rows[order], lengths[order]
                     order = np.concatenate([order, np.arange(num_known, slots.size)])
                     slots, pointers, addresses = slots[order], pointers[order], addresses[order]
@@ -794,6 +798,12 @@ class SwapPipeline:
         if len(shifts) > 1:
             raise ValueError("host rows: expected memory that is mapped in one piece; register it as one")
         return shifts.pop()
+
+
+def tile_limit(ring_bytes: int, coding: str) -> int:
+    """Return the raw bytes of a tile at most."""
+    buffers, most = TILES[coding]
+    return min(most, ring_bytes // (2 * buffers))
 
 
 def _check_transport(transport: str) -> str:

@@ -222,6 +222,16 @@ def test_spans_take_payloads_in_any_order_that_lie_side_by_side():
     assert spans(starts * 64, lengths, 3, 128) is None, "these must be sorted"
 
 
+def test_spans_want_rows_one_after_the_other():
+    """Layer by layer, as vLLM names pages: row 0, row 1, row 0, row 1. Each page would be a copy."""
+    stride, rows, layers = 4096, np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
+    starts, lengths = rows * stride + layers * 512, np.full(4, 512)
+    assert spans(starts, lengths, 4, 8192, 0, stride, rows) is None
+    order = np.argsort(starts)
+    _, first, span_starts, _, _ = spans(starts[order], lengths, 4, 8192, 0, stride, rows[order])
+    assert first.tolist() == [0, 2] and span_starts.tolist() == [0, stride]
+
+
 def test_spans_of_rows_get_one_width_if_that_costs_little():
     stride, lengths = 4096, np.array([960, 1024, 992])
     starts = np.arange(3, dtype=np.int64) * stride

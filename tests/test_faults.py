@@ -54,7 +54,7 @@ class Stored:
 def test_the_smallest_ring(host):
     """Tiles of one page, or one row of four: the ring goes round six times, or 24."""
     per_row = 4 if host == "rows" else 1
-    stored = Stored(host=host, ring_bytes=2 * pipeline.BUFFERS * per_row * GEOMETRY.nbytes)
+    stored = Stored(host=host, ring_bytes=2 * pipeline.TILES["fixed"][0] * per_row * GEOMETRY.nbytes)
     assert stored.swap._tile_pages == per_row
     stored.check()
     stored.swap.close()
@@ -128,7 +128,7 @@ def test_memory_refused_at_construction_leaves_nothing_behind(which, monkeypatch
     import cupy
 
     needed, _ = construct(monkeypatch, which, -1)
-    assert needed == {"pinned": 2, "device": 1}[which] + pipeline.BUFFERS  # arena and table, or ring; arguments
+    assert needed == {"pinned": 2, "device": 1}[which] + pipeline.BLOCKS  # arena and table, or ring; arguments
     before = cupy.get_default_memory_pool().used_bytes()
     for fail_at in range(needed):
         granted, arrays = construct(monkeypatch, which, fail_at)

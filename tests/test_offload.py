@@ -158,7 +158,7 @@ def test_pages_come_back_as_they_were_stored(blocks_per_chunk, before, after):
 
 def test_rows_beyond_a_tile_are_packed_in_parts():
     """Rows of 12 pages, a tile of 4: parts of 4, 3 of them a row, slots as the pages lie."""
-    server = Server(layers=6, ring=8 * 4 * PAGE)
+    server = Server(layers=6, ring=4 * 4 * PAGE)
     (run,) = server.runs
     assert not run.whole_rows and run.pages_per_row == 4 and run.host.stride == 4 * PAGE
     gpu, cpu, sizes = server.pages(range(6), [7, 9], server.chunks([2]))
@@ -171,10 +171,10 @@ def test_rows_beyond_a_tile_are_packed_in_parts():
     server.load(cpu, gpu, sizes)
     np.testing.assert_array_equal(server.gpu[:, [7, 9]], before_load[:, [7, 9]])
     # beside other workers' pages, in rows that no number of pages divides, there is no such part
-    runs, raw = plan(Server(layers=6, after=PAGE // 2).tensors, 8 * 4 * PAGE)
+    runs, raw = plan(Server(layers=6, after=PAGE // 2).tensors, 4 * 4 * PAGE)
     ((reason, number),) = raw.items()
     assert not runs and number == 6
-    assert reason.startswith("rows of 12 pages of 4096 bytes, 51200 bytes apart, and tiles of 4 pages (an eighth")
+    assert reason.startswith("rows of 12 pages of 4096 bytes, 51200 bytes apart, and tiles of 4 pages: raise")
 
 
 def test_tensors_of_one_sort_side_by_side_share_a_pipeline():
@@ -651,7 +651,7 @@ def test_stats_say_what_was_done(tmp_path):
 @pytest.mark.gpu
 # the layout of vLLM 0.33 and that of 0.26; rows that fit a tile and rows packed in parts
 @pytest.mark.parametrize(
-    ("geometry", "ring"), [(KIND.geometry, 8 << 20), (Geometry(16, 64, 2, (32, 32)), 8 * 8 * PAGE)]
+    ("geometry", "ring"), [(KIND.geometry, 8 << 20), (Geometry(16, 64, 2, (32, 32)), 4 * 8 * PAGE)]
 )
 def test_real_pipeline_with_verify_and_damage(geometry, ring):
     import cupy

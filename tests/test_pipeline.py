@@ -79,7 +79,7 @@ def make_pipeline(host="arena", num_slots=48, dtype="bfloat16", geometry=GEOMETR
     """A pipeline with tiles of TILE_PAGES pages; rows have a gap of 64 bytes, slots one of 16."""
     options = {
         "transport": "staged",
-        "ring_bytes": 2 * pipeline.BUFFERS * TILE_PAGES * geometry.nbytes,
+        "ring_bytes": 2 * pipeline.TILES[options.get("coding", "fixed")][0] * TILE_PAGES * geometry.nbytes,
         **options,
     }
     if isinstance(host, HostRows):
@@ -463,7 +463,7 @@ def test_what_is_refused():
             (lambda: make_pipeline(num_slots=0), ValueError, "num_slots"),
             (lambda: make_pipeline(quantile=1.1), ValueError, "quantile"),
             (lambda: make_pipeline(transport="best"), ValueError, "transport"),
-            (lambda: make_pipeline(ring_bytes=1000), ValueError, "ring_bytes: expected 8 x 4096"),
+            (lambda: make_pipeline(ring_bytes=1000), ValueError, "ring_bytes: expected 4 x 4096"),
             (lambda: make_pipeline(arena_bytes=1000), ValueError, "at least one page"),
             (lambda: make_pipeline(arena_bytes=1 << 50), MemoryError, "cannot pin"),
             (lambda: make_pipeline(host=HostRows(aligned, 4096, 1), num_slots=8), ValueError, "not pinned"),
@@ -857,7 +857,7 @@ def test_many_descriptors_in_one_call(host):
     targets = np.uint64(memory.data.ptr) + np.arange(num, dtype=np.uint64) * np.uint64(geometry.nbytes)
     slots = np.random.default_rng(7).permutation(num // PAGES_PER_ROW)[:, None] * PAGES_PER_ROW
     slots = (slots + np.arange(PAGES_PER_ROW)).ravel()
-    ring = 2 * pipeline.BUFFERS * 500 * geometry.nbytes
+    ring = 2 * pipeline.TILES["fixed"][0] * 500 * geometry.nbytes
     with make_pipeline(host, num_slots=num, geometry=geometry, ring_bytes=ring) as swap:
         for name in ("warm-up", "measured"):
             before = swap.memory()

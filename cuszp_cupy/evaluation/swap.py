@@ -109,7 +109,7 @@ class Case:
 
     So no batch in flight waits for another one's slots. All batches are of the same pages ``x``, and come back to
     ``y``. The arena takes pages in their order; to rows and scattered slots they go in random order, as the
-    blocks of a cache do.
+    blocks of a cache do. Rows are named as vLLM does: the first page of each, then the second of each.
 
     Args:
         kind: a key of ROWS.
@@ -131,6 +131,8 @@ class Case:
             order = rng.permutation(num)
         if kind == "scattered":  # each half of the host memory by itself: plain copies write to the first one
             slots = rng.permuted(slots.reshape(2, -1), axis=1)
+        elif ROWS[kind]:
+            slots = layer_by_layer(slots.reshape(2, NUM_BATCHES, num), per_row)
         self.slots = slots.reshape(2, NUM_BATCHES, num)
         self.x = data.tiled(pages.pages, BATCH_BYTES, xp=cupy)
         self.y = cupy.empty_like(self.x)
@@ -193,6 +195,16 @@ class Case:
             return Copy(done)
 
         return start
+
+
+def layer_by_layer(slots: np.ndarray, per_row: int) -> np.ndarray:
+    """Return whole rows of slots in the order in which vLLM names them.
+
+    >>> layer_by_layer(np.arange(6), 3).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    rows = slots.reshape(*slots.shape[:-1], -1, per_row)
+    return rows.swapaxes(-1, -2).reshape(slots.shape)
 
 
 def pointers(array, order, nbytes: int) -> np.ndarray:
@@ -563,7 +575,7 @@ def descriptor_rows(
     rows, stream = HostRows(host.ctypes.data, per_row * size, per_row, host), cupy.cuda.Stream(non_blocking=True)
     swap = SwapPipeline(pages.geometry, "bfloat16", bound, coding, num_slots=num, transport="staged", host=rows)
     cupy.cuda.Device().synchronize()
-    addresses, slots, results = pointers(x, order, size), np.arange(num), []
+    addresses, slots, results = pointers(x, order, size), layer_by_layer(np.arange(num), per_row), []
     for direction in DIRECTIONS["both"]:
         host_ms, gbps = [], []
         for _ in range(calls):
