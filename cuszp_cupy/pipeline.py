@@ -134,19 +134,19 @@ class SwapPipeline:
             return
 
         pages_per_row = host.pages_per_row if host else 1
-        buffers = TILES[coding][0]
+        num_buffers = TILES[coding][0]
         tile_bytes = min(tile_limit(ring_bytes, coding), self.num_slots * self._slot_bytes)
         self._tile_pages = tile_bytes // self._slot_bytes
         if self._tile_pages < pages_per_row:
             raise ValueError(
-                f"ring_bytes: expected {2 * buffers} x {pages_per_row * self._slot_bytes} bytes or more, for "
+                f"ring_bytes: expected {2 * num_buffers} x {pages_per_row * self._slot_bytes} bytes or more, for "
                 f"tiles of one {'row' if host else 'page'}, got {ring_bytes}"
             )
         self._tile_bytes = self._tile_pages * self._slot_bytes
         if host is None:
             if arena_bytes is None:
                 arena_bytes = (
-                    self.num_slots + min(self.num_slots, buffers * self._tile_pages)
+                    self.num_slots + min(self.num_slots, num_buffers * self._tile_pages)
                 ) * self._slot_bytes
             if arena_bytes < self._slot_bytes:
                 raise ValueError(
@@ -167,13 +167,13 @@ class SwapPipeline:
         )
 
         # a page more, as above
-        self._ring_bytes = 2 * buffers * self._tile_bytes
+        self._ring_bytes = 2 * num_buffers * self._tile_bytes
         self._ring = self._allocate(self._ring_bytes + self._slot_bytes)
         self._lanes = {}
         for i, name in enumerate(("store", "load", "fused store", "fused load")):
             streams = [cupy.cuda.Stream(non_blocking=True, priority=priority) for _ in range(2 if i < 2 else 1)]
             addresses = [
-                self._ring.ptr + (buffers * i + j) * self._tile_bytes for j in range(buffers if i < 2 else 0)
+                self._ring.ptr + (num_buffers * i + j) * self._tile_bytes for j in range(num_buffers if i < 2 else 0)
             ]
             buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
             self._lanes[name] = Lane(

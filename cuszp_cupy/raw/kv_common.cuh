@@ -72,6 +72,7 @@ template <> struct Storage<float16> {
 };
 
 #define NARROW_CODE 8u       // up to this width code a group has 7 magnitude planes at most, and half the work
+#define LOW_CODE 6u          // up to this one no magnitude reaches 32, from where on grids are coarser
 
 // n / d for n and d below 2^20: the quotient is never closer to an integer than the approximation is wrong.
 __device__ inline u32 fast_divide(u32 n, u32 d) { return (u32)__fdividef((float)n + 0.5f, (float)d); }
@@ -144,6 +145,11 @@ struct Quantiser {
     __device__ u32 operator()(float x) const {
         return __float_as_uint(fmaxf(__fmaf_rn(x, inverse, MAGIC_FLOAT), __fmaf_rn(x, inverse_pow2, shifted)));
     }
+    // The same plus OFFSET, where q is small. LOW: q < 32, to which the first of the two slopes leads.
+    template <bool LOW, u32 OFFSET = 0> __device__ u32 narrow(float x) const {
+        const float q = __fmaf_rn(x, inverse, MAGIC_FLOAT + OFFSET);
+        return __float_as_uint(LOW ? q : fmaxf(q, __fmaf_rn(x, inverse_pow2, shifted + OFFSET)));
+    }
 };
 
 // 2.2. Terms are added up in 64 bits (a term has up to 58), and folded when there are many: 2^32 = 5 mod 2^32 - 5.
@@ -165,6 +171,13 @@ __device__ u64 header_terms(const Geometry& g, u32 word1, u32 payload_bytes) {
 
 __device__ inline u32 code_words(u32 code) { return code + (code == CODE_ESCAPE); }
 
+// The bits of a where m has ones, those of b elsewhere: one instruction, which the compiler makes two.
+__device__ inline u32 select_bits(u32 m, u32 a, u32 b) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(m), "r"(a), "r"(b));
+    return r;
+}
+
 // Transposes two 16 x 16 bit matrices at once, in the low and the high halves: afterwards bit i of half h of
 // r[p] is what bit p of half h of r[i] was. Its own inverse. The steps commute: `swap_bytes`, then `swap_bits` on
 // both halves of r, or the other way round.
@@ -176,8 +189,8 @@ template <int N> __device__ inline void swap_bits(u32 (&r)[N], int from) {
         for (int i = from; i < from + 8; i++) {
             if (i & d) continue;
             u32 a = r[i], b = r[i + d];
-            r[i] = (a & m) | (b << d & ~m);
-            r[i + d] = (a >> d & m) | (b & ~m);
+            r[i] = select_bits(m, a, b << d);
+            r[i + d] = select_bits(m, a >> d, b);
         }
     }
 }

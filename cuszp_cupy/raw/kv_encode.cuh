@@ -208,14 +208,17 @@ struct Page {
     }
 
     // The same for width codes up to NARROW_CODE: 7 planes of magnitudes, and the plane of signs in pair[h][7].
-    __device__ void narrow_planes(int h, const Quantiser& quantiser) {
+    // LOW: up to LOW_CODE. Magnitudes are put together by multiply-adds, as logical operations are the bottleneck here:
+    // of MAGIC_BITS, only those of the first one are not shifted out, and CANCEL of the third, shifted, makes them 0.
+    template <bool LOW> __device__ void narrow_planes(int h, const Quantiser& quantiser) {
+        constexpr u32 CANCEL = (0u - MAGIC_BITS) >> 16;
         #pragma unroll
         for (int i = 0; i < 8; i++) {
             const u32 p = pair[h][i] & 0x7fff7fffu, q = pair[h][i + 8] & 0x7fff7fffu;
-            const u32 firsts = __byte_perm(quantiser(Storage<T>::lo(p)), quantiser(Storage<T>::lo(q)), 0x0040);
-            const u32 seconds = __byte_perm(quantiser(Storage<T>::hi(p)), quantiser(Storage<T>::hi(q)), 0x0040);
+            const u32 firsts = quantiser.template narrow<LOW>(Storage<T>::lo(p)) + 256 * quantiser.template narrow<LOW>(Storage<T>::lo(q));
+            const u32 seconds = quantiser.template narrow<LOW, CANCEL>(Storage<T>::hi(p)) + 256 * quantiser.template narrow<LOW>(Storage<T>::hi(q));
             const u32 signs = __byte_perm(pair[h][i], pair[h][i + 8], 0x7351) & 0x80808080u;
-            pair[h][i] = __byte_perm(firsts, seconds, 0x5410) | signs;
+            pair[h][i] = firsts + 65536 * seconds | signs;
         }
         swap_bits(pair[h], 0);
     }
@@ -402,8 +405,13 @@ __device__ __forceinline__ bool make_planes(
     ((u8*)shared.codes)[threadIdx.x] = (u8)(code0 | code1 << 4);
     const bool narrow = __all_sync(FULL, max(code0, code1) <= NARROW_CODE);
     if (narrow) {
-        page.narrow_planes(0, quantiser);
-        page.narrow_planes(1, quantiser1);
+        if (__all_sync(FULL, max(code0, code1) <= LOW_CODE)) {
+            page.template narrow_planes<true>(0, quantiser);
+            page.template narrow_planes<true>(1, quantiser1);
+        } else {
+            page.template narrow_planes<false>(0, quantiser);
+            page.template narrow_planes<false>(1, quantiser1);
+        }
     } else {
         page.planes(0, code0, quantiser);
         page.planes(1, code1, quantiser1);
