@@ -160,15 +160,27 @@ def row_regions(slots: np.ndarray, pages_per_row: int) -> tuple[np.ndarray, np.n
     >>> order.tolist(), first.tolist(), home.tolist()
     ([1, 3, 2, 0], [0, 2, 3, 4], [2, 0, 5])
     """
-    order = np.arange(slots.size) if (slots[1:] > slots[:-1]).all() else np.argsort(slots, kind="stable")
-    row = slots[order] // pages_per_row
-    first = np.flatnonzero(np.diff(row, prepend=-1))
-    counts = np.diff(first, append=slots.size)
-    full = np.repeat(counts == pages_per_row, counts)
-    order = np.concatenate([order[full], order[~full]])
-    num_full = int(full.sum())
+    row = slots // pages_per_row
+    order = by_row(row)
+    row = row[order]
+    first = np.flatnonzero(row[1:] != row[:-1]) + 1
+    first = np.concatenate([[0], first]) if slots.size else first
+    whole = np.diff(first, append=slots.size) == pages_per_row
+    home = row[first[whole]] * pages_per_row
+    if not whole.all():
+        full = np.repeat(whole, np.diff(first, append=slots.size))
+        order = np.concatenate([order[full], order[~full]])
+    num_full = home.size * pages_per_row
     first = np.concatenate([np.arange(0, num_full, pages_per_row), np.arange(num_full, slots.size + 1)])
-    return order, first, slots[order[first[:-1]]]
+    return order, first, np.concatenate([home, slots[order[num_full:]]])
+
+
+def by_row(rows: np.ndarray) -> np.ndarray:
+    """Return an order in which the pages of each row follow each other, in their own order."""
+    if (rows[1:] >= rows[:-1]).all():
+        return np.arange(rows.size)
+    few = rows.max() < 1 << 16
+    return np.argsort(rows.astype(np.uint16) if few else rows, kind="stable")  # 16 bits: a radix sort
 
 
 def tiles(first: np.ndarray, tile_pages: int) -> list[int]:
@@ -203,8 +215,16 @@ def _cuts(starts, ends, apart):
         yield first, starts[first], ends[np.append(first[1:], n) - 1]
 
 
+def orders(starts: np.ndarray, rows: np.ndarray | None):
+    """Yield orders of payloads to try ``spans`` with, the cheap ones first; the last one will do."""
+    yield slice(None)
+    if rows is not None:
+        yield by_row(rows)
+    yield np.argsort(starts, kind="stable")
+
+
 def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stride: int = 0, rows=None):
-    """Cut a load into tiles of pages and spans to copy; None if its payloads must be sorted by address before.
+    """Cut a load into tiles of pages and spans to copy; None if payloads must come in another order (``orders``).
 
     Where rows take turns, as with pages that come layer by layer, they must: spans would hold a payload each.
 

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .arena import by_row
 from .arena import runs as copy_runs
 from .bound import parse_parts
 from .format import Geometry, check_coding
 from .pipeline import TRANSPORTS, HostRows, tile_limit
 
 MOST_PIPELINES = 4  # each has streams and a ring of its own
+PIECE_PAGES = 8192  # that the GPU starts on while the host plans the next ones of a call
 ATTENTION = ("FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec")
 NEVER, RAW, HELD = range(3)  # what a slot was last written by: nothing, vLLM's function, the pipeline
 #: why vLLM's function moves a descriptor; "" where the tensor is no run's
@@ -346,11 +348,13 @@ class Run:
     def find(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
         """Return (slots, which descriptors are whole pages of this run, which touch its slots at all)."""
         offset = cpu - self.base
-        row, inside = np.divmod(offset, self.stride)
-        page, odd = np.divmod(inside, self.page_bytes)
+        row = offset // self.stride  # by whole numbers, with remainders from there: much faster than np.divmod
+        inside = offset - row * self.stride
+        page = inside // self.page_bytes
         touch = (row >= 0) & (row < self.num_rows) & (page < self.row_pages)
         slots = row * self.row_pages + page if self.whole_rows else offset // self.page_bytes
-        return slots, touch & (odd == 0) & (sizes == self.page_bytes) & self._on_gpu(gpu, page), touch
+        whole = (inside == page * self.page_bytes) & (sizes == self.page_bytes) & self._on_gpu(gpu, page)
+        return slots, touch & whole, touch
 
     def _on_gpu(self, gpu: np.ndarray, page: np.ndarray) -> np.ndarray:
         """Whether addresses are pages of the very tensor that lies at ``page`` of a row."""
@@ -358,7 +362,23 @@ class Run:
         tensor = np.clip(page // each, 0, len(self.tensors) - 1)
         offset = gpu - np.array([t.gpu for t in self.tensors])[tensor]
         limit = np.array([t.gpu_bytes for t in self.tensors])[tensor]
-        return (offset >= 0) & (offset < limit) & (offset % self.page_bytes == 0)
+        return (offset >= 0) & (offset < limit) & (offset // self.page_bytes * self.page_bytes == offset)
+
+    def pieces(self, slots: np.ndarray, index: np.ndarray):
+        """Yield parts of ``index``, the numbers of descriptors: PIECE_PAGES or so, whole rows together."""
+        if index.size <= PIECE_PAGES:
+            yield index
+            return
+        rows = slots[index] // self.pages_per_row
+        order = by_row(rows)
+        index, rows = index[order], rows[order]
+        starts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), index.size)
+        begin = 0
+        while begin < index.size:
+            fits = int(np.searchsorted(starts, begin + PIECE_PAGES, side="right")) - 1
+            end = int(max(starts[fits], starts[np.searchsorted(starts, begin) + 1]))
+            yield index[begin:end]
+            begin = end
 
     def held(self, slots, whole, touch, why) -> np.ndarray:
         """Return which descriptors of a load the pipeline has; note in ``why`` what became of the others."""
@@ -487,8 +507,7 @@ class Worker:
                 mine = (
                     self._storable(run, whole, touch, why) if swap.to_cpu else run.held(slots, whole, touch, why)
                 )
-                index = np.flatnonzero(mine)
-                if index.size:
+                for index in run.pieces(slots, np.flatnonzero(mine)) if mine.any() else ():
                     some, pages = slots[index], gpu[index].astype(np.uint64)  # copies: vLLM reuses its arrays
                     try:
                         transfers.append((run, self._start(swap, run, some, pages, stream), some, pages))

@@ -21,7 +21,7 @@ import threading
 import numpy as np
 
 from . import auto, library_swap
-from .arena import Arena, Predictor, between, runs, spans, tiles
+from .arena import Arena, Predictor, between, orders, runs, spans, tiles
 from .bound import parse_parts
 from .codec import ENGINES, NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
@@ -173,7 +173,8 @@ class SwapPipeline:
         for i, name in enumerate(("store", "load", "fused store", "fused load")):
             streams = [cupy.cuda.Stream(non_blocking=True, priority=priority) for _ in range(2 if i < 2 else 1)]
             addresses = [
-                self._ring.ptr + (num_buffers * i + j) * self._tile_bytes for j in range(num_buffers if i < 2 else 0)
+                self._ring.ptr + (num_buffers * i + j) * self._tile_bytes
+                for j in range(num_buffers if i < 2 else 0)
             ]
             buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
             self._lanes[name] = Lane(
@@ -515,14 +516,16 @@ class SwapPipeline:
                 plan = [(None, 0, num_known, None)]
                 transfer._link_bytes += int(lengths.sum())
             else:
-                found = self._spans(addresses[:num_known], lengths, units[:num_known])
-                if found is None:
-                    order = np.argsort(addresses[:num_known], kind="stable")  # fast where layers follow layers
+                known = slice(num_known)
+                for order in orders(addresses[known], units[known] if self.table.rows else None):
+                    found = self._spans(addresses[known][order], lengths[order], units[known][order])
+                    if found is not None:
+                        break
+                if not isinstance(order, slice):
                     rows, lengths = rows[order], lengths[order]
                     order = np.concatenate([order, np.arange(num_known, slots.size)])
                     slots, pointers, addresses = slots[order], pointers[order], addresses[order]
                     transfer.slots = slots
-                    found = self._spans(addresses[:num_known], lengths, units[order[:num_known]])
                 copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, found)
             block.rows[:num_known] = rows
             block.rows[:num_known, 3] = 0  # payload addresses are exact

@@ -177,6 +177,25 @@ def test_rows_beyond_a_tile_are_packed_in_parts():
     assert reason.startswith("rows of 12 pages of 4096 bytes, 51200 bytes apart, and tiles of 4 pages: raise")
 
 
+@pytest.mark.parametrize("pages", [1, 12, 20, 1000])
+def test_a_long_call_goes_in_pieces_of_whole_rows(monkeypatch, pages):
+    """Layer by layer in, row by row out: a row in two pieces would not be packed."""
+    monkeypatch.setattr(offload, "PIECE_PAGES", pages)
+    server = Server(layers=4, blocks_per_chunk=2)
+    (run,) = server.runs
+    gpu, cpu, sizes = server.pages(range(4), range(10), server.chunks([5, 0, 3, 2, 1]))
+    before = server.gpu.copy()
+    server.store(gpu, cpu, sizes)
+    calls = [slots for _, slots, _, _ in run.pipeline.calls]
+    assert [len(slots) for slots in calls] == {1: [8] * 5, 12: [8] * 5, 20: [16, 16, 8], 1000: [40]}[pages]
+    for slots in calls:
+        assert len({slot // 8 for slot in slots}) * 8 == len(slots), "whole rows"
+    server.gpu[:] = 0
+    server.load(cpu, gpu, sizes)
+    np.testing.assert_array_equal(server.gpu[:, :10], before[:, :10])
+    assert not server.by_vllm
+
+
 def test_tensors_of_one_sort_side_by_side_share_a_pipeline():
     other = Kind(Geometry(16, 128, parts=(64, 64)), "bfloat16")  # one head of 64
     server = Server(layers=7, kinds={2: "raw by setting", 3: "raw by setting", 6: other})

@@ -139,7 +139,7 @@ def test_rows_are_packed_as_a_whole_or_not_at_all():
     table = make_table(HostRows(BASE, 1024, 4))
     slots = np.array([5, 4, 7, 6, 9])  # row 1, and one slot of row 2
     order, first, hosts, waits = table.place(slots, alone=False)
-    assert slots[order].tolist() == [4, 5, 6, 7, 9] and first.tolist() == [0, 4, 5] and not waits
+    assert slots[order].tolist() == [5, 4, 7, 6, 9] and first.tolist() == [0, 4, 5] and not waits
     assert hosts.tolist() == [BASE + 1024, BASE + 2 * 1024 + 128]
     table.expect(slots[order], 1, hosts, np.diff(first))
     table.memory[4:8, 1], table.memory[4:8, 3] = 100, [14, 0, 7, 21]  # 100 bytes take 7 x 16

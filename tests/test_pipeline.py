@@ -374,7 +374,7 @@ def test_threads_streams_and_two_pipelines():
 def test_mispredicted_lengths(host):
     """After pages that shrink well, pages that do not shrink at all: the kernel moves what the copies left."""
     small, large = make_pages(40, kinds=("zeros",)), make_pages(40, kinds=("nans",))
-    with make_pipeline(host) as swap:
+    with make_pipeline(host, num_slots=64) as swap:
         swap.store(on_device(small), range(40)).wait()
         assert swap.stats.mispredicted == 0
         second = swap.store(on_device(small), range(40))
