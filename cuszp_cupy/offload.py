@@ -27,7 +27,7 @@ from .format import Geometry, check_coding
 from .pipeline import TRANSPORTS, HostRows, tile_limit
 
 MOST_PIPELINES = 4  # each has streams and a ring of its own
-PIECE_PAGES = 8192  # that the GPU starts on while the host plans the next ones of a call
+PIECE_PAGES = 4096  # that the GPU starts on while the host plans what follows in a call, four times as many each time
 ATTENTION = ("FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec")
 NEVER, RAW, HELD = range(3)  # what a slot was last written by: nothing, vLLM's function, the pipeline
 #: why vLLM's function moves a descriptor; "" where the tensor is no run's
@@ -347,6 +347,29 @@ class Run:
 
     def find(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
         """Return (slots, which descriptors are whole pages of this run, which touch its slots at all)."""
+        num = len(self.tensors)
+        if not self._layer_by_layer(cpu, gpu, sizes):
+            return self._find(cpu, gpu, sizes)
+        slots, whole, touch = self._find(*(array[: len(cpu) // num] for array in (cpu, gpu, sizes)))
+        slots = slots + self.row_pages // num * np.arange(num)[:, None]
+        return slots.ravel(), np.tile(whole, num), np.tile(touch, num)
+
+    def _layer_by_layer(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray) -> bool:
+        """Whether descriptors name the same blocks of each tensor in turn: the first tensor's tell of all."""
+        first, num = self.tensors[0], len(self.tensors)
+        if num == 1 or not len(cpu) or len(cpu) % num:
+            return False
+        bases, per = np.array([tensor.gpu for tensor in self.tensors]), len(cpu) // num
+        inside = (cpu[:per] - self.base) % self.stride
+        return bool(
+            len({tensor.gpu_bytes for tensor in self.tensors}) == 1
+            and ((inside >= 0) & (inside < first.width)).all()
+            and (cpu.reshape(num, per) - cpu[:per] == first.width * np.arange(num)[:, None]).all()
+            and (gpu.reshape(num, per) - gpu[:per] == (bases - bases[0])[:, None]).all()
+            and (sizes == self.page_bytes).all()
+        )
+
+    def _find(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
         offset = cpu - self.base
         row = offset // self.stride  # by whole numbers, with remainders from there: much faster than np.divmod
         inside = offset - row * self.stride
@@ -365,20 +388,23 @@ class Run:
         return (offset >= 0) & (offset < limit) & (offset // self.page_bytes * self.page_bytes == offset)
 
     def pieces(self, slots: np.ndarray, index: np.ndarray):
-        """Yield parts of ``index``, the numbers of descriptors: PIECE_PAGES or so, whole rows together."""
+        """Yield parts of ``index``, the numbers of descriptors: PIECE_PAGES or more, whole rows together."""
         if index.size <= PIECE_PAGES:
             yield index
             return
-        rows = slots[index] // self.pages_per_row
+        rows, turns = slots[index] // self.pages_per_row, len(self.tensors)
+        if rows.size % turns or (rows.reshape(turns, -1) != rows[: rows.size // turns]).any():
+            turns = 1
+        rows = rows[: rows.size // turns]  # layer by layer, those of the first one tell of all
         order = by_row(rows)
-        index, rows = index[order], rows[order]
-        starts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), index.size)
-        begin = 0
+        rows, index = rows[order], index.reshape(turns, -1)[:, order].T.ravel()
+        starts = turns * np.append(np.flatnonzero(np.diff(rows, prepend=-1)), rows.size)
+        begin, most = 0, PIECE_PAGES
         while begin < index.size:
-            fits = int(np.searchsorted(starts, begin + PIECE_PAGES, side="right")) - 1
+            fits = int(np.searchsorted(starts, begin + most, side="right")) - 1
             end = int(max(starts[fits], starts[np.searchsorted(starts, begin) + 1]))
             yield index[begin:end]
-            begin = end
+            begin, most = end, 4 * most
 
     def held(self, slots, whole, touch, why) -> np.ndarray:
         """Return which descriptors of a load the pipeline has; note in ``why`` what became of the others."""
