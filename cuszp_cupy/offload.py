@@ -27,7 +27,7 @@ from .format import Geometry, check_coding
 from .pipeline import TRANSPORTS, HostRows, tile_limit
 
 MOST_PIPELINES = 4  # each has streams and a ring of its own
-PIECE_PAGES = 4096  # that the GPU starts on while the host plans what follows in a call, four times as many each time
+PIECE_PAGES = 4096  # that the GPU starts on while the host plans the next ones of a call, four times as many
 ATTENTION = ("FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec")
 NEVER, RAW, HELD = range(3)  # what a slot was last written by: nothing, vLLM's function, the pipeline
 #: why vLLM's function moves a descriptor; "" where the tensor is no run's
