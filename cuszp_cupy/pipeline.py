@@ -36,9 +36,9 @@ from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_poi
 
 TRANSPORTS = ("auto", "staged", "fused", "raw")
 #: coding -> tiles of each direction in the ring, and raw bytes of a tile at most. Large ones cost the host less,
-#: and beside kernels that fill the GPU it is one tile that is coded whenever one of those ends; small ones of
+#: and beside kernels that fill the GPU it is one tile that is coded whenever one of those ends. Small ones of
 #: coding ``entropy``, whose kernels take longer, leave others more of the GPU.
-TILES = {"raw": (2, 64 << 20), "fixed": (2, 64 << 20), "entropy": (4, 32 << 20)}
+TILES = {"raw": (2, 256 << 20), "fixed": (2, 256 << 20), "entropy": (4, 32 << 20)}
 SCRATCH_BYTES = 98 << 20, 32 << 20, 32 << 20, 32 << 20  # of coding ``entropy``, for the lanes; a tile of stores
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCKS, BLOCK_PAGES = 4, 1 << 15  # calls, and pages of a call, that arguments are preallocated for
