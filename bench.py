@@ -122,10 +122,12 @@ def serve_parser() -> argparse.ArgumentParser:
     _add_load(result)
     add = result.add_argument
     add("--fill", action="store_true", help="scale the shape's K and V by channel as real KV is")
-    add("--bound", metavar="B", type=_bound, action="append",
-        help="rms:0.05 (default), or rms:0.05/rms:0.1 for K and V; can be repeated")  # fmt: skip
-    add("--coding", choices=codec.KV_CODINGS, default="fixed", help="(default: %(default)s)")
-    add("--transport", choices=TRANSPORTS, help="of vllm_patch (default: its own)")
+    add("--bound", metavar="B", type=_variant, action="append",
+        help="rms:0.05 (default), or rms:0.05/rms:0.1 for K and V; with a coding and a transport of its own: "
+             "'rms:0.05 entropy fused'; can be repeated")  # fmt: skip
+    add("--coding", choices=codec.KV_CODINGS, default="fixed",
+        help="where a bound names none (default: %(default)s)")  # fmt: skip
+    add("--transport", choices=TRANSPORTS, help="where a bound names none (default: that of vllm_patch)")
     add(
         "--gpu-tokens", metavar="N", type=_count, help="size of the GPU's KV cache (default: a set and an eighth)"
     )
@@ -273,6 +275,15 @@ def _text(text: str) -> Path:
 def _bound(text: str) -> str:
     try:
         parse_parts(text, 2)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _variant(text: str) -> str:
+    text = " ".join(text.split())
+    try:
+        serve.settings_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
@@ -446,6 +457,7 @@ def serve_main(arguments: list[str]) -> int:
         report.write_json(result, options.json)
     case, version = result["case"], result["variants"]["raw"]["vllm"]
     title = f"vLLM {version}, {case['model']}, {options.coding}"
+    title += " where none is named" if any(" " in bound for bound in bounds) else ""
     if options.plot:
         report.plot_serve(result, title, options.plot)
     tables = report.serve_tables(result, f"{machine.title(described)}\n{title}")

@@ -230,7 +230,7 @@ def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stri
 
     Args:
         starts, lengths: of the payloads, multiples of 16.
-        tile_pages, tile_bytes: pages and copied bytes of a tile at most; tile_pages payloads fit tile_bytes.
+        tile_pages, tile_bytes: pages and copied bytes of a tile at most. None too if so many pages do not fit.
         base, stride, rows: where rows begin, and each payload's row, which spans do not leave; None: no rows.
 
     Returns:

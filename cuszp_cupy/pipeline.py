@@ -43,6 +43,7 @@ SCRATCH_BYTES = 98 << 20, 32 << 20, 32 << 20, 32 << 20  # of coding ``entropy``,
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCKS, BLOCK_PAGES = 4, 1 << 15  # calls, and pages of a call, that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
+LIKELY = 0.9  # of a tile's bytes that a load may fill by the mean length of its payloads
 SPAN_BYTES, BATCH_SPAN_BYTES = 32 << 10, 8 << 10  # shorter copies than these, on average: the kernel reads itself
 _NOT_READY = 600  # cudaErrorNotReady
 
@@ -570,8 +571,15 @@ class SwapPipeline:
                 raw_copy.copies(*pieces, self._runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
     def _spans(self, starts, lengths, units):
+        """Do as ``arena.spans``, with as many pages a tile as should fit, else with as many as fit raw."""
         rows = (self.table.base, self.table.rows.stride, units) if self.table.rows else ()
-        return spans(starts, lengths, self._tile_pages, self._tile_bytes, *rows)
+        most, per_row = TILES[self.coding][1] // self._slot_bytes, self.table.pages_per_row
+        likely = min(most, int(self._tile_bytes * LIKELY / max(16, lengths.mean()))) // per_row * per_row
+        for pages in (likely, self._tile_pages) if likely > self._tile_pages else (self._tile_pages,):
+            found = spans(starts, lengths, pages, self._tile_bytes, *rows)
+            if found is not None:
+                return found
+        return None
 
     def _plan_tiles(self, transfer, lane, starts, lengths, found) -> tuple[tuple, list[tuple]]:
         """Plan the tiles of known pages: the copies, and (ring buffer, pages, edges of its copies) of each tile.
@@ -585,8 +593,9 @@ class SwapPipeline:
         bounds = first_span.tolist()
         edges = self._runs(position, span_starts, widths, bounds)
         shortest = BATCH_SPAN_BYTES if raw_copy.has_batch() else SPAN_BYTES
-        for tile, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            page, end = tile * self._tile_pages, min((tile + 1) * self._tile_pages, starts.size)
+        pages = np.append(first_page, starts.size)
+        for lo, hi in zip(bounds[:-1], bounds[1:], strict=True):
+            page, end = int(pages[lo]), int(pages[hi])
             mine, copied = between(edges, lo, hi), int(widths[lo:hi].sum())
             if copied < (len(mine) - 1) * shortest and len(mine) > 2:
                 plan.append((None, page, end, None))

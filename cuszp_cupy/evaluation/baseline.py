@@ -92,12 +92,13 @@ def rows_of(results) -> list[dict]:
         some = (row for row in rows if (row["variant"], row["what"]) == (variant, what))
         return {tuple(row[key] for key in serve.PASS): row["requests_per_s"] for row in some}
 
-    resident, recomputed = rates("raw", RESIDENT), rates("recompute", "restored")
+    resident, computed = rates("raw", RESIDENT), rates("recompute", "restored")
+    computed = {at[:2]: rate for at, rate in computed.items()}  # one pass stands for all in flight
     for row in rows:
         restored = (row["variant"], row["what"]) == ("raw", "restored")
         at, rate = tuple(row[key] for key in serve.PASS), row["requests_per_s"]
         row["added_share"] = 1 - rate / resident[at] if restored and at in resident else None
-        row["over_recompute"] = rate / recomputed[at] if restored and at in recomputed else None
+        row["over_recompute"] = rate / computed[at[:2]] if restored and at[:2] in computed else None
     return rows
 
 

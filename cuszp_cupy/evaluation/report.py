@@ -249,7 +249,7 @@ def _serve_rows(rows: list[dict], title: str) -> Table:
 
     raw = {case(row): row["requests_per_s"] for row in rows if row["variant"] == "raw"}
     previous = None
-    for one in dict.fromkeys(map(case, rows)):
+    for one in raw:  # recompute has not all of them, and another order
         if previous is not None:
             table.add_section()
         previous = one
@@ -572,12 +572,13 @@ def plot_serve(result: dict, title: str, path: str | Path) -> None:
             own = {row["in_flight"]: row for row in here if row["variant"] == variant}
             style = {"color": "black" if variant == "raw" else "grey" if variant == "recompute" else f"C{i}"}
             label = variant if variant in ("raw", "recompute") else f"compressed, {variant}"
-            rates = [own[n]["requests_per_s"] for n in flights]
-            above.plot(range(len(flights)), rates, "o-", ms=4, label=label, **style)
-            median = [own[n]["first_token_ms_p50"] for n in flights]
-            late = [max(0.0, own[n]["first_token_ms_p90"] - own[n]["first_token_ms_p50"]) for n in flights]
+            places = [place for place, n in enumerate(flights) if n in own]  # recompute has one pass
+            own = [own[flights[place]] for place in places]
+            above.plot(places, [row["requests_per_s"] for row in own], "o-", ms=4, label=label, **style)
+            median = [row["first_token_ms_p50"] for row in own]
+            late = [max(0.0, row["first_token_ms_p90"] - row["first_token_ms_p50"]) for row in own]
             width = 0.8 / len(variants)
-            x = [n - 0.4 + (i + 0.5) * width for n in range(len(flights))]
+            x = [place - 0.4 + (i + 0.5) * width for place in places]
             bars = [[0.0] * len(late), late]
             below.bar(x, median, 0.92 * width, yerr=bars, capsize=3, ecolor="dimgrey", label=label, **style)
         for axis in (above, below):

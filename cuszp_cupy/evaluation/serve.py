@@ -2,7 +2,9 @@
 
 Two or more sets of prompts evict each other from a GPU cache too small for all; from the second round on, each
 prompt's KV is restored. Every variant runs in a process of its own, all with the same prompts:
-``recompute`` (no offloading, one round), ``raw`` (vLLM's own) and one a bound.
+``recompute`` (no offloading, one round), ``raw`` (vLLM's own) and one a bound, which may name a coding and a
+transport as well: ``rms:0.05 entropy fused``. Computing again takes the GPU as long whatever is in flight:
+``recompute`` measures the pass with the most in flight alone.
 
 ``python -m cuszp_cupy.evaluation.serve CASE.json RESULT.json`` is what each of those processes runs.
 """
@@ -23,7 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cuszp_cupy.evaluation import data, machine, timing
+from cuszp_cupy.bound import parse_parts
+from cuszp_cupy.evaluation import codec, data, machine, timing
+from cuszp_cupy.pipeline import TRANSPORTS
 
 LLAMA_8B = {  # the shape alone: 32 layers, 8 KV heads of 128; to be filled with dummy weights
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -37,6 +41,7 @@ LLAMA_1B = LLAMA_8B | {  # 16 layers, 8 KV heads of 64
     "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPES = {"llama-8b": LLAMA_8B, "llama-1b": LLAMA_1B}
+WORDS = {"coding": codec.KV_CODINGS, "transport": TRANSPORTS}  # that may follow the bound in a variant's name
 FIRST_LOGPROBS = 100  # most likely first tokens that distributions are compared on
 PASS = ("prompt_tokens", "new_tokens", "in_flight")  # what sets apart passes over the same prompts
 PERCENTILES = tuple(range(0, 101, 5))  # of the time to the first token, kept for its distribution
@@ -57,12 +62,12 @@ class Case:
         prompt_file: JSON list of prompts as token ids, at least sets x prompts; random tokens when None.
         new_tokens: of each request.    in_flight: requests submitted at once; each of both in a pass of its own.
         first_in_flight: submitted at once where a set is computed and stored, the sets in turn; None: all of it.
-        repeats: restored rounds for each.    recompute: run without offloading too, one round.
+        repeats: restored rounds for each.    recompute: run without offloading too, one round, with the most in flight.
         gpu_tokens: size of the GPU's cache.    cpu_gb: of the CPU's, GiB. None: as the prompts need (``sized``).
         beside: seconds of decoding alone, then of restores beside it; 0: none.
         beside_rate: restores a second beside it; None: two at any time, so that a faster link does more of them.
         processes: ``one``, or how vLLM starts its own: ``fork``, ``spawn``. Transfers are timed in ``one`` only.
-        settings: of ``vllm_patch.configure``, besides the bound.    engine: more arguments of ``vllm.LLM``.
+        settings: of ``vllm_patch.configure``, where a variant names none.    engine: more arguments of ``vllm.LLM``.
     """
 
     model: str
@@ -135,6 +140,27 @@ def sized(case: Case, resident: bool = False) -> Case:
         config = json.loads((Path(case.model) / "config.json").read_text(encoding="utf-8"))
         case = replace(case, cpu_gb=math.ceil(1.1 * most * kv_bytes(config) / 2**30 * 2) / 2)
     return case
+
+
+def settings_of(variant: str) -> dict[str, str]:
+    """Return what a variant's name sets of ``vllm_patch.configure``: a bound, then words of WORDS in any order.
+
+    >>> settings_of("rms:0.05/rms:0.1 staged entropy")
+    {'bound': 'rms:0.05/rms:0.1', 'transport': 'staged', 'coding': 'entropy'}
+
+    Raises:
+        ValueError: no bound, an unknown word, or two for one setting.
+    """
+    bound, *words = variant.split() or [""]
+    parse_parts(bound, 2)
+    found = {"bound": bound}
+    for word in words:
+        name = next((name for name, known in WORDS.items() if word in known and name not in found), None)
+        if name is None:
+            expected = " and ".join(f"one {name} of {', '.join(known)}" for name, known in WORDS.items())
+            raise ValueError(f"{variant!r}: expected {expected} at most after the bound, got {word!r}")
+        found[name] = word
+    return found
 
 
 def _tokens(some, case: Case) -> int:
@@ -335,7 +361,7 @@ def _moved(transfers: list, requests: int, seconds: float) -> dict:
 
 
 def compare(one: dict, other: dict) -> dict:
-    """Return how restored requests of ``other`` differ from those of ``one``, prompt by prompt.
+    """Return how restored requests of ``other`` differ from those of ``one``, prompt by prompt; most in flight.
 
     ``same_all``: share of requests whose tokens are all equal; ``same_tokens``: share of equal tokens before the
     first that differs, of all; ``same_first``: share of equal first tokens; ``first_kl``: mean KL divergence of
@@ -382,7 +408,7 @@ def main(arguments: str, result: str) -> None:
     if variant not in ("recompute", "raw"):
         import vllm_patch
 
-        vllm_patch.configure(bound=variant, stats_dir=given["stats_dir"], **(case.settings or {}))
+        vllm_patch.configure(stats_dir=given["stats_dir"], **(case.settings or {}) | settings_of(variant))
     transfers: list[tuple[str, int, float]] = []
     timed = case.processes == "one"
     if variant != "recompute" and timed:
@@ -416,11 +442,13 @@ def main(arguments: str, result: str) -> None:
         for number, some in enumerate(group):
             at_once = case.first_in_flight or (len(some),)
             measure("first", number, min(at_once[number % len(at_once)], len(some)), case.new_tokens[0])
-        for new_tokens, in_flight in passes(case, group):
+        every = passes(case, group, variant)
+        recorded = most, max(n for _, n in every)  # the one pass that every variant has
+        for new_tokens, in_flight in every:
             for _ in range(1 if variant == "recompute" else case.repeats):
                 for number in range(len(group)):
                     outputs = measure("restored", number, in_flight, new_tokens)
-                    for i, output in enumerate(outputs if new_tokens == most else []):
+                    for i, output in enumerate(outputs if (new_tokens, in_flight) == recorded else []):
                         restored.setdefault(f"{label}/{number}/{i}", _record(output))
     beside = _beside(llm, max(sets.values(), key=_mean), case) if case.beside else None
     if case.processes == "one" and case.tensor_parallel == 1:
@@ -503,9 +531,10 @@ def prompts(case: Case) -> dict[str, list[list[list[int]]]]:
     return groups
 
 
-def passes(case: Case, group) -> list[tuple[int, int]]:
+def passes(case: Case, group, variant: str = "raw") -> list[tuple[int, int]]:
     """Return (new tokens, in flight) of each pass over the sets of a range; no more in flight than in a set."""
-    at_once = dict.fromkeys(min(n, len(group[0])) for n in case.in_flight)
+    at_once = list(dict.fromkeys(min(n, len(group[0])) for n in case.in_flight))
+    at_once = [max(at_once)] if variant == "recompute" else at_once
     return [(new_tokens, n) for new_tokens in case.new_tokens for n in at_once]
 
 
