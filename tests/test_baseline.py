@@ -25,7 +25,7 @@ def canned(case, variant, timeout=None):
         fits = case.gpu_tokens >= every
         turns = case.first_in_flight
         passes = [("first", number, turns[number % len(turns)]) for number in range(len(group))]
-        passes += [("restored", k, n) for _, n in serve.passes(case, group) for k in range(len(group))]
+        passes += [("restored", k, n) for _, n in serve.passes(case, group, variant) for k in range(len(group))]
         for what, number, in_flight in passes:
             tokens = sum(map(len, group[number]))
             nbytes, transfers, offloads = 131072 * tokens, [], variant == "raw"
@@ -88,8 +88,18 @@ def test_shares_follow_from_transfers_and_latencies(present, tmp_path):
     assert (1.125, "raw", "first", 1) in rows  # the second set is computed one by one
     resident = rows[None, "raw", "resident", 4]
     assert resident["h2d_share"] == 0 and resident["added_share"] is None and resident["over_recompute"] is None
-    assert {key[0] for key in rows if key[1] == "recompute"} == {0.5}  # once is enough
+    recomputed = [key for key in rows if key[1:3] == ("recompute", "restored")]
+    assert recomputed == [(0.5, "recompute", "restored", 4)]  # once is enough, for all in flight
     assert steps[0] == "a GPU cache of 0.5 sets, 208 tokens: vLLM, recompute"
+
+
+@pytest.mark.parametrize(("new", "expected"), [(1, [3, 6]), (16, [None, 6])])
+def test_longer_answers_are_compared_with_computing_as_many_at_once_alone(new, expected):
+    one = {"what": "restored", "prompt_tokens": "100", "new_tokens": new, "variant": "raw"}
+    rows = [one | {"in_flight": n, "requests_per_s": rate} for n, rate in ((1, 3), (4, 6))]
+    again = one | {"variant": "recompute", "in_flight": 4, "requests_per_s": 1}
+    found = baseline.rows_of([(1.125, 464, [again, *rows])])
+    assert [row["over_recompute"] for row in found] == [None, *expected]
 
 
 def test_the_link_decides_where_it_takes_half_of_the_time():

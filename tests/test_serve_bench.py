@@ -78,6 +78,36 @@ def test_no_more_are_in_flight_than_a_set_has():
     case = serve.Case("", in_flight=(1, 4, 16), new_tokens=(1, 32))
     assert serve.passes(case, [[[1]] * 4] * 2) == [(1, 1), (1, 4), (32, 1), (32, 4)]
     assert len(serve.passes(case, [[[1]] * 40] * 2)) == 6
+    assert serve.passes(case, [[[1]] * 4] * 2, "recompute") == [(1, 4), (32, 4)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("rms:0.05", {}),
+        ("as-fp8 fused", {"transport": "fused"}),
+        ("rms:0.05/rms:0.1 entropy", {"coding": "entropy"}),
+        ("  abs:1   raw  fixed ", {"coding": "fixed", "transport": "raw"}),
+    ],
+)
+def test_a_variant_names_a_bound_and_settings_in_any_order(variant, expected):
+    assert serve.settings_of(variant) == {"bound": variant.split()[0]} | expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("rms:0.05 stagged", "expected one coding of fixed, entropy and one transport of auto, .* got 'stagged'"),
+        ("rms:0.05 fixed fused entropy", "'rms:0.05 fixed fused entropy': .* got 'entropy'"),
+        ("rms:0.05 raw auto", "at most after the bound, got 'auto'"),
+        ("entropy rms:0.05", "bound: expected text like .* got 'entropy'"),
+        ("raw", "bound: expected"),  # the names of the variants that are not patched are no bounds
+        ("  ", "bound: expected .* got ''"),
+    ],
+)
+def test_a_variant_of_other_words_is_refused(variant, message):
+    with pytest.raises(ValueError, match=message):
+        serve.settings_of(variant)
 
 
 def test_kv_bytes_follow_the_config():
@@ -132,27 +162,28 @@ def test_a_round_times_batches_of_the_asked_size():
 
 
 class LLM:
-    """Answers with the numbers of the prompts' first tokens."""
+    """Answers with the numbers of the prompts' first tokens, and on from there by how many are in flight."""
 
     def __init__(self, **arguments):
         self.arguments = arguments
 
     def generate(self, requests, params, use_tqdm):
         prompts = [request["prompt_token_ids"] for request in requests]
-        return [output([prompt[0] + i for i in range(params["max_tokens"])]) for prompt in prompts]
+        return [output([prompt[0] + i * len(prompts) for i in range(params["max_tokens"])]) for prompt in prompts]
 
     def apply_model(self, function):
         LLM.applied = function.__module__, function.__name__
 
 
 @pytest.mark.parametrize("processes", ["one", "spawn"])
-@pytest.mark.parametrize("variant", ["recompute", "raw", "rms:0.05"])
+@pytest.mark.parametrize("variant", ["recompute", "raw", "rms:0.05", "rms:0.05 fused fixed"])
 def test_a_variant_measures_each_pass_and_records_the_longest_answers(tmp_path, monkeypatch, variant, processes):
     vllm = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options, __version__="0.33.0")
     configured, watched, stats = [], [], {"pipelines": ["a pipeline"]}
     patch = types.SimpleNamespace(stats=lambda: [stats], configure=lambda **settings: configured.append(settings))
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    if variant == "rms:0.05":
+    ours = variant not in ("recompute", "raw")
+    if ours:
         monkeypatch.setitem(sys.modules, "vllm_patch", patch)
         (tmp_path / "cuszp-7.json").write_text(json.dumps(stats))
     else:
@@ -169,19 +200,19 @@ def test_a_variant_measures_each_pass_and_records_the_longest_answers(tmp_path, 
     serve.main(str(tmp_path / "case.json"), str(tmp_path / "result.json"))
     result = json.loads((tmp_path / "result.json").read_text())
     rows = serve.summary(result)
-    repeats = 1 if variant == "recompute" else 2
+    repeats, flights = (1, (3,)) if variant == "recompute" else (2, (1, 3))
     assert [
         (row["prompt_tokens"], row["new_tokens"], row["in_flight"]) for row in rows if row["what"] == "restored"
-    ] == [(tokens, new, n) for tokens in ("30", "50") for new in (2, 1) for n in (1, 3)]
+    ] == [(tokens, new, n) for tokens in ("30", "50") for new in (2, 1) for n in flights]
     assert {row["requests"] for row in rows if row["what"] == "restored"} == {10 * repeats, 6 * repeats}
     first = serve.prompts(case)["50"][1][2][0]
-    assert result["restored"]["50/1/2"]["tokens"] == [first, first + 1] and len(result["restored"]) == 16
+    assert result["restored"]["50/1/2"]["tokens"] == [first, first + 3] and len(result["restored"]) == 16
     assert LLM.applied == ("cuszp_cupy.evaluation.serve", "fill_kv")
     assert len(watched) == (processes == "one" and variant != "recompute")
-    ours = variant == "rms:0.05"
     assert result["stats"] == [stats] * ours and result["vllm"] == "0.33.0"
-    expected = {"bound": variant, "stats_dir": str(tmp_path), "coding": "entropy"}
-    assert configured == [expected] * ours
+    expected = {"bound": "rms:0.05", "stats_dir": str(tmp_path), "coding": "entropy"}
+    named = {"coding": "fixed", "transport": "fused"} if " " in variant else {}
+    assert configured == [expected | named] * ours
 
 
 def test_transfers_are_of_the_round_in_which_vllm_notices_them(tmp_path, monkeypatch):
@@ -371,7 +402,9 @@ def test_a_failed_variant_says_what_it_printed(tmp_path):
 
 
 # --- all variants, canned -------------------------------------------------------------------------------------
-SPEED = {"recompute": 1.0, "raw": 4.0, "rms:0.05": 8.0, "rms:0.05/rms:0.1": 9.0}  # times those of recompute
+SPEED = {  # times those of recompute
+    "recompute": 1.0, "raw": 4.0, "rms:0.05": 8.0, "rms:0.05/rms:0.1": 9.0, "rms:0.05 entropy fused": 6.0,
+}  # fmt: skip
 
 
 def direction(pages):
@@ -387,7 +420,7 @@ def canned(case, variant, timeout=None):
     for label, group in groups.items():
         for number, some in enumerate(group):
             passes = [("first", len(some), case.new_tokens[0])]
-            passes += [("restored", n, new) for new, n in serve.passes(case, group)]
+            passes += [("restored", n, new) for new, n in serve.passes(case, group, variant)]
             for what, n, new in passes:
                 rounds.append({
                     "prompt_tokens": label, "new_tokens": new, "what": what, "in_flight": n, "set": number,
@@ -461,6 +494,22 @@ def test_the_command_shows_what_the_comparison_is_for(present, capsys):
     assert "passed through: 7 descriptors, 7.0 MB: no whole page" in shown.out
     assert "not representative of a trained model; K and V are scaled by channel" in shown.out
     assert "PROBLEM" not in shown.out and "verify" not in shown.out
+
+
+def test_variants_of_one_bound_stand_side_by_side(present, tmp_path, capsys):
+    out, plot = tmp_path / "serve.json", tmp_path / "serve.png"
+    bounds = ["--bound", "rms:0.05", "--bound", " rms:0.05  entropy fused", "--bound", "rms:0.05 entropy fused"]
+    arguments = [*ARGUMENTS, "--prompt-tokens", "40", *bounds, "--json", str(out), "--plot", str(plot)]
+    assert bench.main(arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "llama-1b, fixed where none is named" in shown
+    assert "rms:0.05 entropy fused, times raw: restored requests/s 1.50 (40 + 1 tokens, 1 in flight)" in shown
+    result = json.loads(out.read_text())
+    names = ["recompute", "raw", "rms:0.05", "rms:0.05 entropy fused"]
+    assert list(result["variants"]) == names and result["parameters"]["bounds"] == names[2:]
+    assert {one["variant"] for one in result["agreement"]} == set(names[1:]) and plot.stat().st_size
+    restored = [(row["variant"], row["in_flight"]) for row in result["rows"] if row["what"] == "restored"]
+    assert restored == [("recompute", 2), *((name, n) for name in names[1:] for n in (1, 2))]
 
 
 def test_tables_hold_the_numbers_of_the_result(tmp_path):
@@ -561,6 +610,7 @@ def test_defaults_are_of_the_shape_or_of_a_small_model(tmp_path):
         (["nowhere"], "there is no config.json in it"),
         (["--shape", "llama-1b", "--bound", "rms:0.1/rms:0.1/rms:0.1"], "argument --bound"),
         (["--shape", "llama-1b", "--bound", "rms:x"], "argument --bound"),
+        (["--shape", "llama-1b", "--bound", "rms:0.05 zip"], "at most after the bound, got 'zip'"),
         (["--shape", "llama-1b", "--prompt-tokens", "9,5"], "expected a number or two as LOW,HIGH, got 9,5"),
         (["--shape", "llama-1b", "--in-flight", "4,0"], "expected at least 1, got 0"),
         (["--shape", "llama-1b", "--verify", "2"], "expected a share above 0, at most 1, got 2"),

@@ -161,14 +161,20 @@ def test_every_step_is_a_command_that_bench_takes(files, quick):
 
 
 def test_the_study_sweeps_what_it_is_for():
-    words = {one.name: " ".join(one.arguments) for one in study.steps()}
+    steps = {one.name: one for one in study.steps()}
+    words = {name: " ".join(one.arguments) for name, one in steps.items()}
     every = " ".join(words.values())
     for part in (
-        "--coding entropy", "--transport staged", "--transport fused", "rms:0.05/rms:0.1",
-        "--prompt-tokens=16000", "--new-tokens 1,32", "--beside",
+        "--coding entropy", "rms:0.05 entropy", "rms:0.05 fused", "rms:0.05/rms:0.1", "rms:0.02", "rms:0.2",
+        "--prompt-tokens=1000 ", "--prompt-tokens=16000", "--in-flight 1,4,16", "--new-tokens 1,32", "--beside",
     ):  # fmt: skip
         assert part in every
-    assert "--no-recompute" not in words["serve-load"] + words["baseline"]
+    assert "--no-recompute" not in words["serve-load"]
+    options = bench.serve_parser().parse_args(steps["serve-variants"].arguments[1:])
+    assert tuple(options.bound) == study.VARIANTS and options.in_flight == (16,)
+    settings = [serve.settings_of(variant) for variant in study.VARIANTS]
+    assert len({tuple(one.items()) for one in settings}) == len(settings) == 6
+    assert sum(one.minutes for one in steps.values()) < 50
     assert words["swap-0.2"].endswith("--bound rms:0.2")
 
 

@@ -80,7 +80,8 @@ def rows_of(results) -> list[dict]:
     Returns:
         those rows, with ``gpu_sets``, ``gpu_tokens`` and, of restored requests, ``added_share``: the part of
         their time that they would not take if they were still in the GPU's cache; ``over_recompute``: times the
-        requests/s of computing again. None where there is nothing to compare with.
+        requests/s of computing again, for one new token with the most in flight, for more with as many (answers
+        are computed together). None where there is nothing to compare with.
     """
     rows = []
     for number, tokens, some in results:
@@ -93,12 +94,13 @@ def rows_of(results) -> list[dict]:
         return {tuple(row[key] for key in serve.PASS): row["requests_per_s"] for row in some}
 
     resident, computed = rates("raw", RESIDENT), rates("recompute", "restored")
-    computed = {at[:2]: rate for at, rate in computed.items()}  # one pass stands for all in flight
+    computed |= {at[:2]: rate for at, rate in computed.items() if at[1] == 1}  # stands for any number in flight
     for row in rows:
         restored = (row["variant"], row["what"]) == ("raw", "restored")
         at, rate = tuple(row[key] for key in serve.PASS), row["requests_per_s"]
         row["added_share"] = 1 - rate / resident[at] if restored and at in resident else None
-        row["over_recompute"] = rate / computed[at[:2]] if restored and at[:2] in computed else None
+        again = computed.get(at, computed.get(at[:2]))
+        row["over_recompute"] = rate / again if restored and again else None
     return rows
 
 

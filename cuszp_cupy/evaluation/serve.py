@@ -3,8 +3,8 @@
 Two or more sets of prompts evict each other from a GPU cache too small for all; from the second round on, each
 prompt's KV is restored. Every variant runs in a process of its own, all with the same prompts:
 ``recompute`` (no offloading, one round), ``raw`` (vLLM's own) and one a bound, which may name a coding and a
-transport as well: ``rms:0.05 entropy fused``. Computing again takes the GPU as long whatever is in flight:
-``recompute`` measures the pass with the most in flight alone.
+transport as well: ``rms:0.05 entropy fused``. Computing a prompt again takes the GPU about as long whatever is in
+flight: ``recompute`` measures the pass with the most in flight alone.
 
 ``python -m cuszp_cupy.evaluation.serve CASE.json RESULT.json`` is what each of those processes runs.
 """
@@ -62,12 +62,12 @@ class Case:
         prompt_file: JSON list of prompts as token ids, at least sets x prompts; random tokens when None.
         new_tokens: of each request.    in_flight: requests submitted at once; each of both in a pass of its own.
         first_in_flight: submitted at once where a set is computed and stored, the sets in turn; None: all of it.
-        repeats: restored rounds for each.    recompute: run without offloading too, one round, with the most in flight.
+        repeats: restored rounds for each.    recompute: run without offloading too, one round, most in flight.
         gpu_tokens: size of the GPU's cache.    cpu_gb: of the CPU's, GiB. None: as the prompts need (``sized``).
         beside: seconds of decoding alone, then of restores beside it; 0: none.
         beside_rate: restores a second beside it; None: two at any time, so that a faster link does more of them.
         processes: ``one``, or how vLLM starts its own: ``fork``, ``spawn``. Transfers are timed in ``one`` only.
-        settings: of ``vllm_patch.configure``, where a variant names none.    engine: more arguments of ``vllm.LLM``.
+        settings: of ``vllm_patch.configure``, where a variant names none.    engine: more of ``vllm.LLM``.
     """
 
     model: str

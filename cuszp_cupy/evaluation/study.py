@@ -7,8 +7,9 @@ Ablations: D2H alone, H2D alone and both, fused and staged (``swap-*``: rows, an
 one direction only); groups of tokens and of channels (``codec``); fixed and entropy (all); bounds of K and of V
 (``serve-variants``, ``accuracy``).
 
-Minutes of vLLM, from an H100 and Llama-8B's shape: a process takes one for start and end; a range of prompts then 14 s
-for its two sets and about 3 s for each pass and repeat. The first process waits a minute more for cold files.
+Minutes of ``baseline`` and ``serve-*`` follow from runs of Llama-8B's shape on an H100: a process takes half a
+minute to start (the first one a minute more, its files being cold), then for each range of lengths 14 s to
+compute two sets of 128,000 tokens, and 3 s a pass and repeat.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def steps(
             "longer answers; decoding beside restores", vllm,
         ),
         Step(
-            "serve-model", ("serve", model or "MODEL", "--in-flight", "16"), 6, "a real model", (*vllm, "model")
+            "serve-model", ("serve", model or "MODEL", "--in-flight", "16"), 5, "a real model", (*vllm, "model")
         ),
         Step(
             "accuracy", ("accuracy", model or "MODEL", text or "TEXT"), 8,

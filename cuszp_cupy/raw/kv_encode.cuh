@@ -215,8 +215,10 @@ struct Page {
         #pragma unroll
         for (int i = 0; i < 8; i++) {
             const u32 p = pair[h][i] & 0x7fff7fffu, q = pair[h][i + 8] & 0x7fff7fffu;
-            const u32 firsts = quantiser.template narrow<LOW>(Storage<T>::lo(p)) + 256 * quantiser.template narrow<LOW>(Storage<T>::lo(q));
-            const u32 seconds = quantiser.template narrow<LOW, CANCEL>(Storage<T>::hi(p)) + 256 * quantiser.template narrow<LOW>(Storage<T>::hi(q));
+            const u32 firsts = quantiser.template narrow<LOW>(Storage<T>::lo(p)) +
+                               256 * quantiser.template narrow<LOW>(Storage<T>::lo(q));
+            const u32 seconds = quantiser.template narrow<LOW, CANCEL>(Storage<T>::hi(p)) +
+                                256 * quantiser.template narrow<LOW>(Storage<T>::hi(q));
             const u32 signs = __byte_perm(pair[h][i], pair[h][i + 8], 0x7351) & 0x80808080u;
             pair[h][i] = firsts + 65536 * seconds | signs;
         }
