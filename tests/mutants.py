@@ -100,6 +100,7 @@ MUTANTS = [
         "raw = 4 * (first_word + words) > 2 * values;",
         f"{EQUAL} or random_pages or edge",
     ),
+    Mutant("one slope too far", "kv_common.cuh", "#define LOW_CODE 6u", "#define LOW_CODE 7u", EQUAL),
     Mutant("room of a payload", "kv_common.cuh", "(bytes + 15) / 16) : 0;", "bytes / 16) : 0;", PIPELINE),
     Mutant(
         "chunks before",
