@@ -16,7 +16,6 @@ GEMM = 8192
 SKINNY = (16, 16384)  # batch, and the weights' two extents: several times the L2 cache
 COPY_BYTES = 512 << 20
 EQUAL = "staged, same priority"
-TOP_UP_EVERY = 4  # launches of work between two looks at the swap
 #: Moves words between device and mapped host memory: a swap without copy engines. Only for comparison.
 COPY_KERNEL = r"""
 extern "C" __global__ void copy_words(const uint4* from, uint4* to, unsigned long long num) {
@@ -94,10 +93,8 @@ def sample(case: swap.Case, work, count: int, stream, start) -> tuple[float, flo
         feeder.events[0].synchronize()  # it is under way
         feeder.top_up()
     begin.record(stream)
-    for i in range(count):
+    for _ in range(count):  # all at once: a host that is busy with the swap must not keep the work waiting
         work(stream)
-        if feeder and i % TOP_UP_EVERY == 0:
-            feeder.top_up()
     end.record(stream)
     while feeder and not timing.reached(end):
         feeder.top_up()
