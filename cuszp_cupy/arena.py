@@ -6,6 +6,8 @@ caller's rows. A *span* is a stretch that one load copies. Addresses, sizes: byt
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 
 #: Gaps between payloads that a load copies along rather than starting another copy: a call costs what 64 KiB
@@ -163,12 +165,12 @@ def row_regions(slots: np.ndarray, pages_per_row: int) -> tuple[np.ndarray, np.n
     row = slots // pages_per_row
     order = by_row(row)
     row = row[order]
-    first = np.flatnonzero(row[1:] != row[:-1]) + 1
-    first = np.concatenate([[0], first]) if slots.size else first
-    whole = np.diff(first, append=slots.size) == pages_per_row
+    first = np.flatnonzero(changes(row))
+    counts = np.diff(first, append=slots.size)
+    whole = counts == pages_per_row
     home = row[first[whole]] * pages_per_row
     if not whole.all():
-        full = np.repeat(whole, np.diff(first, append=slots.size))
+        full = np.repeat(whole, counts)
         order = np.concatenate([order[full], order[~full]])
     num_full = home.size * pages_per_row
     first = np.concatenate([np.arange(0, num_full, pages_per_row), np.arange(num_full, slots.size + 1)])
@@ -189,20 +191,28 @@ def tiles(first: np.ndarray, tile_pages: int) -> list[int]:
     >>> tiles(np.array([0, 2, 4, 5]), 4)
     [0, 2, 3]
     """
-    bounds = [0]
+    bounds, first = [0], first.tolist()
     while bounds[-1] < len(first) - 1:
-        end = int(np.searchsorted(first, first[bounds[-1]] + tile_pages, side="right")) - 1
+        end = bisect.bisect_right(first, first[bounds[-1]] + tile_pages) - 1
         assert end > bounds[-1], "a region is larger than a tile"
         bounds.append(end)
     return bounds
 
 
+def changes(values: np.ndarray) -> np.ndarray:
+    """Return which values differ from the one before; the first one does."""
+    found = np.empty(values.size, bool)
+    found[:1] = True
+    np.not_equal(values[1:], values[:-1], out=found[1:])
+    return found
+
+
 def _cuts(starts, ends, apart):
-    """Yield ways to cut payloads into spans: at ``apart`` only, then where gaps are large, then at each gap.
+    """Yield ways to cut payloads into spans: before ``apart`` only, then where gaps are large, then at each gap.
 
     As first payloads, starts and ends. Only the first way will do for payloads that are not sorted.
     """
-    n, whole = starts.size, np.concatenate([[0], np.flatnonzero(apart) + 1])
+    n, whole = starts.size, np.flatnonzero(apart)
     yield whole, np.minimum.reduceat(starts, whole), np.maximum.reduceat(ends, whole)
     gaps = starts[1:] - ends[:-1]
     if n > 1 and (starts[1:] < starts[:-1]).any():
@@ -211,7 +221,9 @@ def _cuts(starts, ends, apart):
         ends = np.maximum.accumulate(ends)
         gaps = starts[1:] - ends[:-1]
     for gap in GAPS:
-        first = np.concatenate([[0], np.flatnonzero(apart | (gaps > gap)) + 1])
+        here = apart.copy()
+        here[1:] |= gaps > gap
+        first = np.flatnonzero(here)
         yield first, starts[first], ends[np.append(first[1:], n) - 1]
 
 
@@ -237,33 +249,36 @@ def spans(starts, lengths, tile_pages: int, tile_bytes: int, base: int = 0, stri
         (first span of each tile and the end, first page of each span, starts and ends of the spans, position
         of each span in its tile)
     """
-    apart, total = np.zeros(starts.size - 1, bool), int(lengths.sum())
-    apart[tile_pages - 1 :: tile_pages] = True
-    if rows is not None:
-        if (rows[1:] < rows[:-1]).any():
-            return None
-        apart |= rows[1:] != rows[:-1]
+    total = int(lengths.sum())
+    if rows is None:
+        apart = np.zeros(starts.size, bool)
+    elif (rows[1:] < rows[:-1]).any():
+        return None
+    else:
+        apart = changes(rows)
+    apart[::tile_pages] = True
     for cut in _cuts(starts, starts + lengths, apart):
         first, span_starts, span_ends = cut
-        first_span = np.flatnonzero(np.diff(first // tile_pages, prepend=-1))
+        first_span = np.flatnonzero(changes(first // tile_pages))
         copied = np.add.reduceat(span_ends - span_starts, first_span)
         if copied.max() <= tile_bytes and copied.sum() * 4 <= total * 5:
             break
     else:
         return None
+    bounds = np.append(first_span, first.size)
+    num_spans = np.diff(bounds)
     if rows is not None:
-        num_spans = np.diff(first_span, append=first.size)
         origin = base + rows[first] * stride
         low = np.minimum.reduceat(span_starts - origin, first_span)
         high = np.maximum.reduceat(span_ends - origin, first_span)
         wide = (high - low) * num_spans
-        rows_once = np.add.reduceat(np.diff(rows[first], prepend=-1) != 0, first_span) == num_spans
+        rows_once = np.add.reduceat(changes(rows[first]), first_span, dtype=np.int64) == num_spans
         widen = np.repeat(rows_once & (wide <= copied * WIDEN) & (wide <= tile_bytes), num_spans)
         span_starts = np.where(widen, origin + np.repeat(low, num_spans), span_starts)
         span_ends = np.where(widen, origin + np.repeat(high, num_spans), span_ends)
     position = np.cumsum(span_ends - span_starts) - (span_ends - span_starts)
-    position -= np.repeat(position[first_span], np.diff(first_span, append=first.size))
-    return np.append(first_span, first.size), first, span_starts, span_ends, position
+    position -= np.repeat(position[first_span], num_spans)
+    return bounds, first, span_starts, span_ends, position
 
 
 def runs(dst: np.ndarray, src: np.ndarray, width: np.ndarray, bounds=()) -> np.ndarray:
@@ -275,8 +290,8 @@ def runs(dst: np.ndarray, src: np.ndarray, width: np.ndarray, bounds=()) -> np.n
     >>> runs(np.array([0, 10, 20, 50]), np.array([0, 30, 60, 90]), np.array([8, 8, 8, 8])).tolist()
     [0, 3, 4]
     """
-    if dst.size == 1:
-        return np.array([0, 1])
+    if dst.size == 1 or len(bounds) > dst.size:
+        return np.arange(dst.size + 1)
     to, by = dst[1:] - dst[:-1], src[1:] - src[:-1]
     link = (width[1:] == width[:-1]) & (np.minimum(to, by) >= width[1:]) & (np.maximum(to, by) <= MAX_PITCH)
     link[[bound - 1 for bound in bounds if 0 < bound < dst.size]] = False
@@ -285,10 +300,11 @@ def runs(dst: np.ndarray, src: np.ndarray, width: np.ndarray, bounds=()) -> np.n
     return np.concatenate([[0], np.flatnonzero(~(link & same)) + 1, [dst.size]])
 
 
-def between(edges: np.ndarray, first: int, end: int) -> np.ndarray:
-    """Return the edges (of ``runs``) from ``first`` to ``end``, both of which are among them.
+def parts(edges: np.ndarray, bounds: list[int]) -> list[np.ndarray]:
+    """Return the edges (of ``runs``) from each of ``bounds``, which are among them, to the next.
 
-    >>> between(np.array([0, 3, 4, 9]), 3, 9).tolist()
-    [3, 4, 9]
+    >>> [part.tolist() for part in parts(np.array([0, 3, 4, 9]), [0, 3, 9])]
+    [[0, 3], [3, 4, 9]]
     """
-    return edges[np.searchsorted(edges, first) : np.searchsorted(edges, end) + 1]
+    at = np.searchsorted(edges, bounds).tolist()
+    return [edges[begin : end + 1] for begin, end in zip(at[:-1], at[1:], strict=True)]

@@ -21,7 +21,7 @@ import threading
 import numpy as np
 
 from . import auto, library_swap
-from .arena import Arena, Predictor, between, orders, runs, spans, tiles
+from .arena import Arena, Predictor, orders, parts, runs, spans, tiles
 from .bound import parse_parts
 from .codec import ENGINES, NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
@@ -452,7 +452,8 @@ class SwapPipeline:
             return
         to_host, edges = runtime.memcpyDeviceToHost, self._runs(hosts, works, widths, bounds)
         with lane.codec:
-            for buffer, lo, hi in zip(buffers, bounds[:-1], bounds[1:], strict=True):
+            tiles_of = zip(buffers, bounds[:-1], bounds[1:], parts(edges, bounds), strict=True)
+            for buffer, lo, hi, mine in tiles_of:
                 page, end = int(first[lo]), int(first[hi])
                 runtime.streamWaitEvent(lane.codec.ptr, buffer.free.ptr)
                 with Stage(transfer, "store encode", lane.codec):
@@ -465,7 +466,7 @@ class SwapPipeline:
                     )  # fmt: skip
                 runtime.streamWaitEvent(lane.copy.ptr, buffer.ready.ptr)
                 with Stage(transfer, "store copy", lane.copy):
-                    raw_copy.copies(hosts, works, widths, between(edges, lo, hi), to_host, lane.copy.ptr)
+                    raw_copy.copies(hosts, works, widths, mine, to_host, lane.copy.ptr)
                 runtime.eventRecord(buffer.free.ptr, lane.copy.ptr)
 
     def _copy_out(self, transfer, lane, pointers, hosts) -> None:
@@ -574,7 +575,8 @@ class SwapPipeline:
         """Do as ``arena.spans``, with as many pages a tile as should fit, else with as many as fit raw."""
         rows = (self.table.base, self.table.rows.stride, units) if self.table.rows else ()
         most, per_row = TILES[self.coding][1] // self._slot_bytes, self.table.pages_per_row
-        likely = min(most, int(self._tile_bytes * LIKELY / max(16, lengths.mean()))) // per_row * per_row
+        fit = int(self._tile_bytes * LIKELY * lengths.size / max(1, int(lengths.sum())))
+        likely = min(most, fit) // per_row * per_row
         for pages in (likely, self._tile_pages) if likely > self._tile_pages else (self._tile_pages,):
             found = spans(starts, lengths, pages, self._tile_bytes, *rows)
             if found is not None:
@@ -587,16 +589,14 @@ class SwapPipeline:
         The buffer is None where so little would go at once that the kernel had better read the host itself.
         """
         first_span, first_page, span_starts, span_ends, position = found
-        widths, plan = span_ends - span_starts, []
-        counts = np.diff(first_page, append=starts.size)
-        transfer._in_ring = starts + np.repeat(position - span_starts, counts)
+        widths, plan, pages = span_ends - span_starts, [], np.append(first_page, starts.size)
+        transfer._in_ring = starts + np.repeat(position - span_starts, np.diff(pages))
         bounds = first_span.tolist()
         edges = self._runs(position, span_starts, widths, bounds)
         shortest = BATCH_SPAN_BYTES if raw_copy.has_batch() else SPAN_BYTES
-        pages = np.append(first_page, starts.size)
-        for lo, hi in zip(bounds[:-1], bounds[1:], strict=True):
+        num_bytes = np.add.reduceat(widths, first_span[:-1]).tolist()
+        for lo, hi, mine, copied in zip(bounds[:-1], bounds[1:], parts(edges, bounds), num_bytes, strict=True):
             page, end = int(pages[lo]), int(pages[hi])
-            mine, copied = between(edges, lo, hi), int(widths[lo:hi].sum())
             if copied < (len(mine) - 1) * shortest and len(mine) > 2:
                 plan.append((None, page, end, None))
                 transfer._link_bytes += int(lengths[page:end].sum())

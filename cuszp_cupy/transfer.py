@@ -131,9 +131,13 @@ class Block:
 
     def __init__(self, capacity, pinned, device, mapped):
         self.capacity, self._pinned, self._device, self._mapped = capacity, pinned, device, mapped
+        self._num = None  # pages that it is laid out for
 
     def lay_out(self, num: int) -> Block:
         """Divide the memory for ``num`` pages: the fields become arrays of that length."""
+        if num == self._num:
+            return self
+        self._num = num
         padded, offset, self._offsets, self.device_pointers = -(-num // 4) * 4, 0, {}, {}
         for name, dtype, width in self.FIELDS:
             nbytes = np.dtype(dtype).itemsize * width

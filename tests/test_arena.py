@@ -11,8 +11,8 @@ from cuszp_cupy.arena import (
     MAX_PITCH,
     Arena,
     Predictor,
-    between,
     complement,
+    parts,
     row_regions,
     runs,
     spans,
@@ -252,7 +252,9 @@ def test_runs_describe_the_same_copies(steps):
     bound = len(steps) // 2
     edges = runs(dst, src, width, (0, bound, len(steps)))
     assert edges[0] == 0 and edges[-1] == len(steps) and (np.diff(edges) > 0).all() and bound in edges
-    assert between(edges, bound, len(steps)).tolist() == [edge for edge in edges if edge >= bound]
+    before, after = parts(edges, [0, bound, len(steps)])
+    assert before.tolist() == [edge for edge in edges if edge <= bound]
+    assert after.tolist() == [edge for edge in edges if edge >= bound]
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
         rows = np.arange(end - begin)
         to, by = (dst[begin + 1] - dst[begin], src[begin + 1] - src[begin]) if end - begin > 1 else (8, 8)
