@@ -523,7 +523,7 @@ def test_tables_hold_the_numbers_of_the_result(tmp_path):
         for table in report.serve_tables(result, "the title"):
             console.print(table)
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
-    assert "40 restored rms:0.05 1 2 4 11.31 0.0 2.00 18.1 18.6 18.6 99%" in lines  # 8 x sqrt 2 requests/s
+    assert "40 restored rms:0.05 1 2 4 11.31 0.0 2.00 18.1 18.6 18.6 99% 0.0 0%" in lines  # 8 x sqrt 2 requests/s
     assert "load raw 3 3.0 48.0 1.00 2 2000 48.0 0.0 1.00" in lines
     assert "load rms:0.05 3 3.0 96.0 2.00 2 2000 96.0 0.0 2.00" in lines
     assert "rms:0.05 0 3000 9000 0.20 0.08 0.59 0.23 2.65 2 1 0 9000 90 0.9980" in lines

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "cuszp_cupy").rglob("*.py"), *ROOT.glob("*.py")])
 #: All that may be imported. None of these opens a socket or runs what a file says by itself, but for those below.
 ALLOWED = {
-    "__future__", "argparse", "ast", "bisect", "collections", "contextlib", "ctypes", "dataclasses", "functools", "hashlib",
-    "importlib", "inspect", "io", "itertools", "json", "logging", "math", "mmap", "numbers", "os", "pathlib",
-    "platform", "re", "shutil", "statistics", "struct", "sys", "tempfile", "threading", "time", "typing",
-    "warnings", "zipfile", "zlib",
+    "__future__", "argparse", "ast", "bisect", "collections", "contextlib", "ctypes", "dataclasses",
+    "functools", "hashlib", "importlib", "inspect", "io", "itertools", "json", "logging", "math", "mmap",
+    "numbers", "os", "pathlib", "platform", "re", "shutil", "statistics", "struct", "sys", "tempfile",
+    "threading", "time", "typing", "warnings", "zipfile", "zlib",
     "PIL", "cupy", "cuszp_cupy", "bench", "matplotlib", "ml_dtypes", "numpy", "nvidia", "rich", "torch",
     "transformers", "vllm", "vllm_patch",
 }  # fmt: skip

@@ -47,7 +47,8 @@ ACCURACY_CAPTION = (
 SERVE_CAPTION = (
     "requests/s: of all rounds, ± half the interquartile range over rounds; to first token: from submission, all "
     "that are in flight submitted at once. first: computed, and stored where there is offloading; restored: "
-    "evicted from the GPU since (recompute computes it again). cached: share of the prompt that was in a cache."
+    "evicted from the GPU since (recompute computes it again). cached: share of the prompt that was in a cache. "
+    "H2D: milliseconds of loads a request, and their share of all the time."
 )
 TRANSFER_CAPTION = (
     "GB/s: 1e9 raw bytes a second, by events on the stream of each transfer; of all, and the median of those of "
@@ -241,7 +242,7 @@ def serve_tables(result: dict, title: str) -> list[Table]:
 
 def _serve_rows(rows: list[dict], title: str) -> Table:
     numbers = ("new\ntokens", "in\nflight", "requests", "requests\n/s", "± %", "x raw", "to first\ntoken p50",
-               "p90", "p99\nms", "cached")  # fmt: skip
+               "p90", "p99\nms", "cached", "H2D\nms", "of the\ntime")  # fmt: skip
     table = new_table(title, SERVE_CAPTION, (), ("prompt\ntokens", "what", "variant"), numbers)
 
     def case(row):
@@ -257,7 +258,8 @@ def _serve_rows(rows: list[dict], title: str) -> Table:
             numbers = (
                 ("requests_per_s", "{:.2f}"), ("spread_percent", "{:.1f}"), ("x", "{:.2f}"),
                 ("first_token_ms_p50", "{:.1f}"), ("first_token_ms_p90", "{:.1f}"),
-                ("first_token_ms_p99", "{:.1f}"), ("cached_share", "{:.0%}"),
+                ("first_token_ms_p99", "{:.1f}"), ("cached_share", "{:.0%}"), ("h2d_ms", "{:.1f}"),
+                ("h2d_share", "{:.0%}"),
             )  # fmt: skip
             values = row | {"x": row["requests_per_s"] / raw[one]}
             cells = [_show(values[key], pattern) for key, pattern in numbers]
