@@ -123,8 +123,8 @@ def serve_parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--fill", action="store_true", help="scale the shape's K and V by channel as real KV is")
     add("--bound", metavar="B", type=_variant, action="append",
-        help="rms:0.05 (default), or rms:0.05/rms:0.1 for K and V; with a coding and a transport of its own: "
-             "'rms:0.05 entropy fused'; can be repeated")  # fmt: skip
+        help="rms:0.05 (default), or rms:0.05/rms:0.1 for K and V; with a coding, a transport and a ring in MiB "
+             "of its own: 'rms:0.05 entropy fused ring=512'; can be repeated")  # fmt: skip
     add("--coding", choices=codec.KV_CODINGS, default="fixed",
         help="where a bound names none (default: %(default)s)")  # fmt: skip
     add("--transport", choices=TRANSPORTS, help="where a bound names none (default: that of vllm_patch)")

@@ -87,6 +87,7 @@ def test_no_more_are_in_flight_than_a_set_has():
         ("rms:0.05", {}),
         ("as-fp8 fused", {"transport": "fused"}),
         ("rms:0.05/rms:0.1 entropy", {"coding": "entropy"}),
+        ("rms:0.05 ring=512 entropy", {"coding": "entropy", "ring_mb": 512}),
         ("  abs:1   raw  fixed ", {"coding": "fixed", "transport": "raw"}),
     ],
 )
@@ -97,9 +98,11 @@ def test_a_variant_names_a_bound_and_settings_in_any_order(variant, expected):
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ("rms:0.05 stagged", "expected one coding of fixed, entropy and one transport of auto, .* got 'stagged'"),
+        ("rms:0.05 stagged", "expected one coding of fixed, entropy; one transport of auto, .* got 'stagged'"),
         ("rms:0.05 fixed fused entropy", "'rms:0.05 fixed fused entropy': .* got 'entropy'"),
         ("rms:0.05 raw auto", "at most after the bound, got 'auto'"),
+        ("rms:0.05 ring=0", "one ring=MIB, at most after the bound, got 'ring=0'"),
+        ("rms:0.05 ring=1 ring=2", "got 'ring=2'"),
         ("entropy rms:0.05", "bound: expected text like .* got 'entropy'"),
         ("raw", "bound: expected"),  # the names of the variants that are not patched are no bounds
         ("  ", "bound: expected .* got ''"),

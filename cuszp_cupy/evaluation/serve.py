@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -142,8 +143,10 @@ def sized(case: Case, resident: bool = False) -> Case:
     return case
 
 
-def settings_of(variant: str) -> dict[str, str]:
+def settings_of(variant: str) -> dict[str, str | int]:
     """Return what a variant's name sets of ``vllm_patch.configure``: a bound, then words of WORDS in any order.
+
+    ``ring=512``: a ring of 512 MiB.
 
     >>> settings_of("rms:0.05/rms:0.1 staged entropy")
     {'bound': 'rms:0.05/rms:0.1', 'transport': 'staged', 'coding': 'entropy'}
@@ -155,11 +158,13 @@ def settings_of(variant: str) -> dict[str, str]:
     parse_parts(bound, 2)
     found = {"bound": bound}
     for word in words:
-        name = next((name for name, known in WORDS.items() if word in known and name not in found), None)
-        if name is None:
-            expected = " and ".join(f"one {name} of {', '.join(known)}" for name, known in WORDS.items())
-            raise ValueError(f"{variant!r}: expected {expected} at most after the bound, got {word!r}")
-        found[name] = word
+        ring = re.fullmatch(r"ring=([1-9]\d*)", word)
+        name = "ring_mb" if ring else next((name for name, known in WORDS.items() if word in known), None)
+        if name is None or name in found:
+            expected = "; ".join(f"one {name} of {', '.join(known)}" for name, known in WORDS.items())
+            expected += "; one ring=MIB, at most after the bound"
+            raise ValueError(f"{variant!r}: expected {expected}, got {word!r}")
+        found[name] = int(ring[1]) if ring else word
     return found
 
 
