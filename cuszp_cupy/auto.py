@@ -11,7 +11,8 @@ from .codec import mapped_pointer, pinned
 from .format import ROW_WORDS
 from .raw import copy as raw_copy
 
-SAMPLE_PAGES = 8  # different ones; repeated to a tile
+SAMPLE_PAGES = 8  # different ones; repeated to a tile, or to
+SAMPLE_BYTES = 32 << 20
 REPEATS = 3
 
 
@@ -22,7 +23,8 @@ def measure(pipeline) -> dict[str, float]:
     """
     cuda, runtime = pipeline._cupy.cuda, pipeline._runtime
     store, load = pipeline._lanes["store"], pipeline._lanes["load"]
-    num, slot_bytes = min(pipeline._tile_pages, pipeline.num_slots), pipeline._slot_bytes
+    slot_bytes = pipeline._slot_bytes
+    num = min(pipeline._tile_pages, pipeline.num_slots, max(1, SAMPLE_BYTES // slot_bytes))
     nbytes = num * slot_bytes
     host = pinned(nbytes)
     mapped = mapped_pointer(host.ctypes.data, "calibration memory")

@@ -24,7 +24,7 @@ from .arena import by_row
 from .arena import runs as copy_runs
 from .bound import parse_parts
 from .format import Geometry, check_coding
-from .pipeline import TRANSPORTS, HostRows, tile_limit
+from .pipeline import TILES, TRANSPORTS, HostRows, tile_limit
 
 MOST_PIPELINES = 4  # each has streams and a ring of its own
 PIECE_PAGES = 4096  # that the GPU starts on while the host plans the next ones of a call, four times as many
@@ -330,7 +330,7 @@ class Run:
         if not fit:
             raise ValueError(
                 f"rows of {self.row_pages} pages of {self.page_bytes} bytes, {self.stride} bytes apart, and "
-                f"tiles of {room} pages: raise CUSZP_RING_MB"
+                f"tiles of {room} pages (a ring of {ring_bytes} bytes; {TILES[coding][1]} a tile at most)"
             )
         self.pages_per_row = max(fit)
         self.whole_rows = self.pages_per_row == self.row_pages
@@ -528,32 +528,33 @@ class Worker:
         stream, transfers = self.current_stream(), []
         rest, why = np.ones(len(cpu), bool), np.zeros(len(cpu), np.uint8)
         with self.device():
-            for run in self.runs:
-                slots, whole, touch = run.find(cpu, gpu, nbytes)
-                mine = (
-                    self._storable(run, whole, touch, why) if swap.to_cpu else run.held(slots, whole, touch, why)
-                )
-                for index in run.pieces(slots, np.flatnonzero(mine)) if mine.any() else ():
-                    some, pages = slots[index], gpu[index].astype(np.uint64)  # copies: vLLM reuses its arrays
-                    try:
-                        transfers.append((run, self._start(swap, run, some, pages, stream), some, pages))
+            try:
+                for run in self.runs:
+                    slots, whole, touch = run.find(cpu, gpu, nbytes)
+                    if swap.to_cpu:
+                        mine = self._storable(whole, touch, why)
+                    else:
+                        mine = run.held(slots, whole, touch, why)
+                    for index in run.pieces(slots, np.flatnonzero(mine)) if mine.any() else ():
+                        some, pages = slots[index], gpu[index].astype(np.uint64)  # copies: vLLM reuses its arrays
+                        if (transfer := self._start(swap, run, some, pages, stream)) is None:
+                            why[index] = REASONS.index("no device memory for arguments")
+                            continue
+                        transfers.append((run, transfer, some, pages))
                         rest[index] = False
-                    except MemoryError:  # for arguments on the device; vLLM's function needs none
-                        if not swap.to_cpu:
-                            raise
-                        why[index] = REASONS.index("no device memory for arguments")
-                if swap.to_cpu and (touch & rest).any():
-                    run.overwrite(slots[touch & rest], whole[touch & rest])
-            if rest.any():
-                self._pass(swap, src, dst, sizes, any_order, nbytes, rest, why)
-            for _, transfer, _, _ in transfers:
-                transfer.wait_on(stream)
+                    if swap.to_cpu and (touch & rest).any():
+                        run.overwrite(slots[touch & rest], whole[touch & rest])
+                if rest.any():
+                    self._pass(swap, src, dst, sizes, any_order, nbytes, rest, why)
+            finally:  # what was begun goes on, whatever fails
+                for _, transfer, _, _ in transfers:
+                    transfer.wait_on(stream)
             for run, _, slots, pages in transfers:
                 if run.verifier:
                     stream.synchronize()
                     (run.verifier.keep if swap.to_cpu else run.verifier.check)(slots, pages)
 
-    def _storable(self, run: Run, whole, touch, why) -> np.ndarray:
+    def _storable(self, whole, touch, why) -> np.ndarray:
         """Return which descriptors of a store the pipeline takes; note in ``why`` what keeps the others."""
         why[touch & ~whole] = REASONS.index("no whole page")
         if self.storing:
@@ -565,7 +566,10 @@ class Worker:
         transport = None
         if swap.to_cpu:
             run.state[slots] = HELD  # even if this fails: what vLLM had stored there may be overwritten in part
-            return run.pipeline.store(pages, slots, stream, transport=transport, join=False)
+            try:
+                return run.pipeline.store(pages, slots, stream, transport=transport, join=False)
+            except MemoryError:  # vLLM's function needs none
+                return None
         if swap.urgent and self.settings.transport in ("auto", "staged"):
             transport = "fused"  # has streams of its own, behind no bulk of loads
         transfer = run.pipeline.load(slots, pages, stream, transport=transport, join=False)

@@ -139,9 +139,15 @@ class SwapPipeline:
         tile_bytes = min(tile_limit(ring_bytes, coding), self.num_slots * self._slot_bytes)
         self._tile_pages = tile_bytes // self._slot_bytes
         if self._tile_pages < pages_per_row:
+            row_bytes, what = pages_per_row * self._slot_bytes, "row" if host else "page"
+            if row_bytes > TILES[coding][1]:
+                raise ValueError(
+                    f"pages_per_row: expected rows of {TILES[coding][1]} bytes at most, which is what tiles of "
+                    f"coding {coding!r} may have, got {row_bytes}"
+                )
             raise ValueError(
-                f"ring_bytes: expected {2 * num_buffers} x {pages_per_row * self._slot_bytes} bytes or more, for "
-                f"tiles of one {'row' if host else 'page'}, got {ring_bytes}"
+                f"ring_bytes: expected {2 * num_buffers} x {row_bytes} bytes or more, for tiles of one {what}, "
+                f"got {ring_bytes}"
             )
         self._tile_bytes = self._tile_pages * self._slot_bytes
         if host is None:
@@ -572,7 +578,10 @@ class SwapPipeline:
                 raw_copy.copies(*pieces, self._runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
     def _spans(self, starts, lengths, units):
-        """Do as ``arena.spans``, with as many pages a tile as should fit, else with as many as fit raw."""
+        """Do as ``arena.spans``, with as many pages a tile as should fit, else with as many as fit raw.
+
+        In an arena, where the pages of a store lie in no order and regions apart, it is mostly the latter.
+        """
         rows = (self.table.base, self.table.rows.stride, units) if self.table.rows else ()
         most, per_row = TILES[self.coding][1] // self._slot_bytes, self.table.pages_per_row
         fit = int(self._tile_bytes * LIKELY * lengths.size / max(1, int(lengths.sum())))
@@ -714,7 +723,13 @@ class SwapPipeline:
         return Block(capacity, host, device, mapped_pointer(host.ctypes.data, "arguments"))
 
     def _take_block(self, num_pages: int) -> Block:
-        """Return the smallest free argument block that fits. At BLOCK_LIMIT the host waits for one."""
+        """Return the smallest free argument block that fits, or a new one; without memory, wait for one.
+
+        At BLOCK_LIMIT, too.
+
+        Raises:
+            MemoryError: nothing is in flight that could give one back.
+        """
         while True:
             fits = [block for block in self._blocks if block.capacity >= num_pages]
             if fits:
@@ -722,7 +737,11 @@ class SwapPipeline:
                 self._blocks.remove(block)
                 return block.lay_out(num_pages)
             if self._block_bytes < BLOCK_LIMIT or not self._in_flight:
-                return self._new_block(max(num_pages, 1)).lay_out(num_pages)
+                try:
+                    return self._new_block(max(num_pages, 1)).lay_out(num_pages)
+                except MemoryError:
+                    if not self._in_flight:
+                        raise
             next(iter(self._in_flight.values())).done.synchronize()
             self._reap()
 

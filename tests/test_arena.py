@@ -11,7 +11,10 @@ from cuszp_cupy.arena import (
     MAX_PITCH,
     Arena,
     Predictor,
+    by_row,
+    changes,
     complement,
+    orders,
     parts,
     row_regions,
     runs,
@@ -230,6 +233,68 @@ def test_spans_want_rows_one_after_the_other():
     order = np.argsort(starts)
     _, first, span_starts, _, _ = spans(starts[order], lengths, 4, 8192, 0, stride, rows[order])
     assert first.tolist() == [0, 2] and span_starts.tolist() == [0, stride]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 11), st.integers(1, 40)), min_size=1, max_size=60),
+    st.integers(1, 30),
+    st.integers(40, 400),
+    st.booleans(),
+)
+def test_spans_never_fill_a_tile_beyond_its_bytes(pieces, tile_pages, tile_units, in_rows):
+    """As loads ask: in the orders of ``orders``, with more pages a tile than fit raw. Slots may come twice."""
+    base, page_bytes, per_row, stride = 1 << 20, 16 * 40, 4, 16 * 40 * 4 + 64
+    length_of = {slot: 16 * length for slot, length in pieces}
+    slots = np.array([slot for slot, _ in pieces])
+    rows, j = np.divmod(slots, per_row)
+    starts, lengths = (
+        base + rows * stride + j * page_bytes,
+        np.array([length_of[slot] for slot in slots.tolist()]),
+    )
+    tile_bytes, found = 16 * tile_units, None
+    for order in orders(starts, rows if in_rows else None):
+        mine = (base, stride, rows[order]) if in_rows else ()
+        for pages in (tile_pages, tile_bytes // page_bytes):
+            found = spans(starts[order], lengths[order], pages, tile_bytes, *mine)
+            if found is None:
+                continue
+            first_span, first_page, span_starts, span_ends, position = found
+            assert np.add.reduceat(span_ends - span_starts, first_span[:-1]).max() <= tile_bytes
+            assert (position + span_ends - span_starts).max() <= tile_bytes
+            span = np.repeat(np.arange(first_page.size), np.diff(first_page, append=slots.size))
+            assert (span_starts[span] <= starts[order]).all()
+            assert (starts[order] + lengths[order] <= span_ends[span]).all()
+    assert found is not None, "the last order will do, with as many pages as fit raw"
+
+
+def test_spans_are_not_widened_beyond_the_tile():
+    stride, lengths = 4096, np.array([960, 1024, 992])
+    starts = np.arange(3, dtype=np.int64) * stride
+    for tile_bytes, width in ((3072, 1024), (3071, None)):
+        _, _, span_starts, span_ends, _ = spans(starts, lengths, 3, tile_bytes, 0, stride, np.arange(3))
+        assert (span_ends - span_starts).tolist() == ([width] * 3 if width else lengths.tolist())
+    assert spans(starts, lengths, 3, 2975) is None, "three do not fit"
+
+
+@given(st.lists(st.one_of(st.integers(0, 9), st.integers(0, 1 << 18)), max_size=60))
+def test_by_row_keeps_the_order_within_a_row(rows):
+    """With rows beyond 16 bits, which are sorted in another way."""
+    rows = np.array(rows, np.int64)
+    assert by_row(rows).tolist() == sorted(range(rows.size), key=rows.tolist().__getitem__)
+    assert np.flatnonzero(changes(rows)).tolist() == [
+        i for i in range(rows.size) if not i or rows[i] != rows[i - 1]
+    ]
+
+
+@given(st.integers(1, 5), st.permutations(range(20)), st.integers(0, 20), st.sampled_from((0, 70_000)))
+def test_row_regions_keep_the_order_of_a_rows_pages(per_row, order, num, first_row):
+    slots = np.array(order[:num], np.int64) + first_row * per_row
+    taken, first, home = row_regions(slots, per_row)
+    own = {row: [i for i in range(num) if slots[i] // per_row == row] for row in sorted(set(slots // per_row))}
+    whole = [pages for pages in own.values() if len(pages) == per_row]
+    single = [[i] for pages in own.values() if len(pages) < per_row for i in pages]
+    assert [taken[a:b].tolist() for a, b in zip(first[:-1], first[1:], strict=True)] == whole + single
+    assert home.tolist() == [int(slots[region].min()) for region in whole + single]
 
 
 def test_spans_of_rows_get_one_width_if_that_costs_little():

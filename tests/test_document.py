@@ -15,7 +15,19 @@ import test_swap_bench
 
 import bench
 from cuszp_cupy import reference
-from cuszp_cupy.evaluation import accuracy, advice, baseline, codec, data, document, machine, report, serve, swap
+from cuszp_cupy.evaluation import (
+    accuracy,
+    advice,
+    baseline,
+    codec,
+    data,
+    document,
+    figures,
+    machine,
+    report,
+    serve,
+    swap,
+)
 from cuszp_cupy.format import HEADER_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -385,6 +397,20 @@ def test_the_same_results_give_the_same_bytes(results, capsys):
             assert picture.width >= 800 and path.stat().st_size < 100_000
             source, digest = picture.text["Source"].split()
             assert document.digest(results / "results" / source) == digest
+
+
+def test_every_variant_of_the_first_token_is_in_the_legend(tmp_path, monkeypatch):
+    """recompute has the pass with the most in flight alone, so the first panel does not have all of them."""
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    names, at = [], [float(n) for n in range(1, 22)]
+    monkeypatch.setattr(figures, "_save", lambda figure, path: names.extend(figure.legends[0].texts))
+    rows = [
+        {"variant": variant, "in_flight": n, "first_token_ms_percentiles": at}
+        for variant, flights in (("recompute", (16,)), ("raw", (1, 16)))
+        for n in flights
+    ]
+    figures.first_token(rows, tmp_path / "x.png")
+    assert sorted(name.get_text() for name in names) == ["raw", "recompute"]
 
 
 def test_a_section_without_results_says_what_makes_them():

@@ -52,7 +52,7 @@ class Stored:
 @pytest.mark.gpu
 @pytest.mark.parametrize("host", ["arena", "rows", "slots"])
 def test_the_smallest_ring(host):
-    """Tiles of one page, or one row of four: the ring goes round six times, or 24."""
+    """Tiles of one page, or one row of four: the ring goes round many times."""
     per_row = 4 if host == "rows" else 1
     stored = Stored(host=host, ring_bytes=2 * pipeline.TILES["fixed"][0] * per_row * GEOMETRY.nbytes)
     assert stored.swap._tile_pages == per_row

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from fake_pipeline import POISON, FakePipeline
-from hypothesis import settings
+from hypothesis import assume, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cuszp_cupy import offload
@@ -174,7 +174,9 @@ def test_rows_beyond_a_tile_are_packed_in_parts():
     runs, raw = plan(Server(layers=6, after=PAGE // 2).tensors, 4 * 4 * PAGE)
     ((reason, number),) = raw.items()
     assert not runs and number == 6
-    assert reason.startswith("rows of 12 pages of 4096 bytes, 51200 bytes apart, and tiles of 4 pages: raise")
+    assert reason.startswith(
+        "rows of 12 pages of 4096 bytes, 51200 bytes apart, and tiles of 4 pages (a ring of 65536"
+    )
 
 
 @pytest.mark.parametrize("pages", [1, 12, 20, 1000])
@@ -194,6 +196,51 @@ def test_a_long_call_goes_in_pieces_of_whole_rows(monkeypatch, pages):
     server.load(cpu, gpu, sizes)
     np.testing.assert_array_equal(server.gpu[:, :10], before[:, :10])
     assert not server.by_vllm
+
+
+@st.composite
+def descriptors(draw):
+    """Tensors of a run, and what vLLM may name of them: layer by layer, or nearly so."""
+    layers, per, chunks, blocks = (draw(st.integers(1, most)) for most in (6, 3, 6, 8))
+    before, after = (16 * draw(st.sampled_from((0, 5, 256))) for _ in range(2))
+    width, gap = per * PAGE, draw(st.sampled_from((0, 64, PAGE)))
+    stride = before + layers * width + after
+    tensors = [
+        Tensor(
+            [f"layers.{i}"], KIND, BOUND, (1 << 33) + i * (blocks * PAGE + gap), blocks * PAGE, PAGE,
+            (1 << 34) + before + i * width, stride, width, chunks,
+        ) for i in range(layers)
+    ]  # fmt: skip
+    place = st.tuples(st.integers(-1, chunks), st.integers(0, per - 1), st.integers(0, blocks))
+    chunk, page, block = np.array(draw(st.lists(place, min_size=1, max_size=8))).T
+    which = np.array(draw(st.permutations(range(layers)) if draw(st.booleans()) else st.just(range(layers))))
+    cpu = (tensors[0].cpu + chunk * stride + page * PAGE + which[:, None] * width).ravel()
+    gpu = (block * PAGE + np.array([tensor.gpu for tensor in tensors])[which][:, None]).ravel()
+    sizes = np.full(cpu.size, PAGE)
+    for array in draw(st.sampled_from(((), (cpu,), (gpu,), (sizes,), (cpu, gpu)))):
+        at = draw(st.sampled_from((slice(None), draw(st.integers(0, cpu.size - 1)))))
+        array[at] += draw(st.sampled_from((PAGE, -PAGE, 16, width, stride)))
+    return tensors, cpu, gpu, sizes
+
+
+@given(descriptors(), st.sampled_from((1, 2, 3, 4, 6, 100)), st.sampled_from((1, 3, 8, 4096)))
+def test_one_layer_tells_of_all_and_pieces_are_whole_rows(case, tile_pages, piece_pages):
+    tensors, cpu, gpu, sizes = case
+    runs, _ = plan(tensors, 4 * tile_pages * PAGE)
+    assume(runs)
+    run = runs[0]
+    slots, whole, touch = run.find(cpu, gpu, sizes)
+    plain_slots, *plain = run._find(cpu, gpu, sizes)
+    np.testing.assert_array_equal((whole, touch), plain)
+    np.testing.assert_array_equal(slots[touch], plain_slots[touch])
+    mine = np.flatnonzero(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "PIECE_PAGES", piece_pages)
+        pieces = list(run.pieces(slots, mine))
+    assert sorted(np.concatenate(pieces)) == mine.tolist()
+    rows = [set((slots[piece] // run.pages_per_row).tolist()) for piece in pieces]
+    assert sum(map(len, rows)) == len(set().union(*rows)), "a row in two pieces"
+    assert all(piece.size for piece in pieces) or not mine.size
 
 
 def test_tensors_of_one_sort_side_by_side_share_a_pipeline():

@@ -136,7 +136,7 @@ def held(stream):
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_round_trip_equals_reference(transport, host, dtype):
-    """40 pages: 5 tiles, so the ring's 4 buffers go round; slots out of order; loads of all, of some, of one."""
+    """40 pages, 5 tiles: the ring's buffers go round. Slots out of order; loads of all, of some, of one."""
     swap = make_pipeline(host, dtype=dtype, transport=transport, timing=True)
     pages = make_pages(40, dtype)
     rng = np.random.default_rng(1)
@@ -413,6 +413,71 @@ def test_damage_is_named_and_contained(transport):
         swap.store(on_device(pages), range(16)).wait()
         swap.load(range(16), out).wait()
         assert_same_bits(out.get(), expected)
+
+
+def tiles_of(swap, monkeypatch):
+    """Return a list that gets (pages, copied bytes) of each tile that a load plans."""
+    seen, plan_tiles = [], swap._plan_tiles
+
+    def spy(transfer, lane, starts, lengths, found):
+        copies, plan = plan_tiles(transfer, lane, starts, lengths, found)
+        bounds, widths = found[0], found[3] - found[2]
+        seen.extend((end - page, int(widths[lo:hi].sum()))
+                    for (_, page, end, _), lo, hi in zip(plan, bounds[:-1], bounds[1:], strict=True))  # fmt: skip
+        return copies, plan
+
+    monkeypatch.setattr(swap, "_plan_tiles", spy)
+    return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    # mixed: the last pages raw, so that by the mean length more pages go in a tile than fit of those
+    [("zeros", [40]), ("normal", None), ("nans", [8] * 5), ("mixed", [8] * 5)],
+)
+def test_a_tile_of_a_load_takes_what_fits_encoded(host, kinds, expected, monkeypatch):
+    monkeypatch.setattr(pipeline, "SPAN_BYTES", 1)
+    monkeypatch.setattr(pipeline, "BATCH_SPAN_BYTES", 1)
+    pages = make_pages(40, kinds=("zeros" if kinds == "mixed" else kinds,))
+    if kinds == "mixed":
+        pages[16:] = make_pages(24, kinds=("nans",))
+    slots = np.random.default_rng(1).permutation(40)
+    with make_pipeline(host, num_slots=64) as swap:
+        seen = tiles_of(swap, monkeypatch)
+        slots = slots if kinds != "mixed" else np.arange(40)
+        swap.store(on_device(pages), slots).wait()
+        for _ in range(3):
+            out = empty_pages(40)
+            swap.load(slots, out).wait()
+            assert_same_bits(out.get(), through_reference(pages))
+            assert max(copied for _, copied in seen) <= swap._tile_bytes
+            taken = [num for num, _ in seen]
+            assert sum(taken) == 40 and max(taken) <= 40
+            if host != "arena":  # there tiles are a store's, whose pages lie in any order, with gaps between them
+                assert taken == expected if expected else len(taken) < 5, taken
+            seen.clear()
+
+
+@pytest.mark.gpu
+def test_damage_is_named_where_pages_are_loaded_in_another_order():
+    """Layer by layer: the load takes row by row, and names slots, not places in the call."""
+    pages = make_pages(16, kinds=("normal",))
+    expected = through_reference(pages)
+    slots = np.arange(16).reshape(-1, PAGES_PER_ROW).T.ravel()
+    with make_pipeline("rows", num_slots=16) as swap:
+        swap.store(on_device(pages), slots).wait()
+        memory, address = swap.table.rows.owner, swap.table.address - swap.table.rows.pointer
+        for slot in (5, 9):
+            memory[address[slot] + 40] ^= 4
+        out = empty_pages(16)
+        load = swap.load(slots, out)
+        with pytest.raises(FormatError, match=r"2 of 16 pages are damaged: slot 5: .*; slot 9: "):
+            load.wait()
+        assert sorted(load.failed) == [5, 9] and sorted(load.slots) == list(range(16))
+        good = ~np.isin(slots, [5, 9])
+        assert_same_bits(out.get()[good], expected[good])
 
 
 @pytest.mark.gpu
@@ -842,7 +907,7 @@ def test_torch_tensors_and_streams():
 @pytest.mark.gpu
 @pytest.mark.parametrize("host", ["arena", "rows"])
 def test_many_descriptors_in_one_call(host):
-    """20,000 pages in 40 tiles of one call: host time, and no memory beyond the ring and the arguments."""
+    """20,000 pages in one call, 40 tiles to store: host time, and no memory beyond the ring and the arguments."""
     import cupy
 
     num, geometry = (

@@ -285,8 +285,9 @@ def _baseline(page: Page) -> None:
 def _load(case: dict) -> str:
     ranges = ", ".join("-".join(map(str, dict.fromkeys(some))) for some in case["prompt_tokens"])
     weights = "dummy weights" if case["dummy"] else "its weights"
+    more = "; of shorter ones as many more as make as many tokens" if len(case["prompt_tokens"]) > 1 else ""
     prompts = f"prompts of {case['prompt_file']}" if case["prompt_file"] else f"random tokens, {ranges} a prompt"
-    return f"Model: {case['model']}, {weights}; {prompts}, {case['sets']} sets of {case['prompts']}."
+    return f"Model: {case['model']}, {weights}; {prompts}, {case['sets']} sets of {case['prompts']}{more}."
 
 
 KINDS = {

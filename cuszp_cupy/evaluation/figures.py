@@ -186,8 +186,10 @@ def first_token(rows: list[dict], path) -> None:
         axes.set_xticks(ticks, map(str, ticks))
         axes.grid(True, alpha=0.3)
     panels[0][0].set_ylabel("% of restored requests")
-    handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
+    labels = {}  # name -> handle, of any panel: recompute is in the last one alone
+    for axes in panels[0]:
+        labels |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(labels.values(), labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
     _save(figure, path)
 
 

@@ -14,7 +14,7 @@ from . import swap
 
 PAGE_KIB, NUM_SLOTS, PAGES_PER_ROW = 16, 4096, 8
 ARENA_SHARE = 0.4  # of the raw size of all slots: too little, so that old pages must go
-RING_BYTES = 16 << 20  # small, so that batches take several tiles
+RING_BYTES = 4 << 20  # small, so that batches take several tiles
 MOST_PAGES = 512  # of a call
 NUM_STREAMS, MOST_IN_FLIGHT = 4, 24
 WARM_SHARE = 0.2  # of the time, until memory must not grow any more
