@@ -61,6 +61,29 @@ def test_the_smallest_ring(host):
 
 
 @pytest.mark.gpu
+def test_without_memory_for_arguments_a_call_waits_for_those_in_flight(monkeypatch):
+    stored = Stored()
+    swap = stored.swap
+
+    def refuse(num_pages):
+        raise MemoryError("no bytes of device memory")
+
+    monkeypatch.setattr(swap, "_new_block", refuse)
+    del swap._blocks[1:]  # one is left, which the first call takes
+    first = swap.load(range(NUM), stored.out)
+    second = swap.store(stored.device, range(NUM, 2 * NUM))
+    assert first.query(), "its arguments were needed"
+    swap._blocks.clear()
+    second.wait()  # and gives its own back
+    swap._blocks.clear()
+    with pytest.raises(MemoryError, match="no bytes of device memory"):
+        swap.load(range(NUM), stored.out)
+    monkeypatch.undo()
+    stored.check()
+    swap.close()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("coding", ["fixed", "entropy"])
 def test_kernels_that_do_not_compile(coding, monkeypatch):
     """Calls that need one raise what the compiler says and hold nothing; raw transfers need none, and work."""
