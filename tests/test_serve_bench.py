@@ -295,7 +295,8 @@ class Engine:
             self.steps[name] += 1
             done = name.startswith("restore") and self.steps[name] == 2
             made = [types.SimpleNamespace(token_ids=[0] * self.steps[name])]
-            outputs.append(types.SimpleNamespace(request_id=name, finished=done, outputs=made))
+            cached = {"num_cached_tokens": 75, "prompt_token_ids": [1] * 100}
+            outputs.append(types.SimpleNamespace(request_id=name, finished=done, outputs=made, **cached))
             if done:
                 del self.steps[name]
         return outputs
@@ -319,7 +320,7 @@ def test_decoding_is_timed_alone_and_beside_restores(monkeypatch, rate, expected
     found = serve._beside(types.SimpleNamespace(llm_engine=engine), [[[1] * 100] * 8], case)
     assert found["decoded_tokens_per_s_alone"] == pytest.approx(400)  # 4 requests, 100 steps a second
     assert found["decoded_tokens_per_s"] == pytest.approx(400)
-    assert found["restored_requests_per_s"] == pytest.approx(expected, abs=2)
+    assert found["restored_requests_per_s"] == pytest.approx(expected, abs=2) and found["cached_share"] == 0.75
     assert engine.most == most and len(engine.aborted) == serve.DECODERS and not engine.steps
 
 
@@ -452,7 +453,7 @@ def canned(case, variant, timeout=None):
     }  # fmt: skip
     beside = {
         "seconds": 5.0, "decoded_tokens_per_s_alone": 400.0, "decoded_tokens_per_s": 390.0 - speed,
-        "restored_requests_per_s": speed,
+        "restored_requests_per_s": speed, "cached_share": 0.0 if variant == "recompute" else 0.98,
     }  # fmt: skip
     return {
         "rounds": rounds, "restored": restored, "transfers": serve.speeds(timed), "vllm": "0.33.0",
@@ -535,6 +536,23 @@ def test_tables_hold_the_numbers_of_the_result(tmp_path):
     assert f"rms:0.05 raw 4 0.0000 0.6667 1.0000 {serve.kl(*firsts[1:]):.5f}" in lines
     assert "rms:0.05 400.0 382.0 96% 0.99 8.0" in lines
     assert any("K and V are Gaussian" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize("share", [0.0, None])
+def test_decoding_beside_prompts_that_were_computed_is_a_problem_and_not_shown(tmp_path, share):
+    model = serve.write_shape(tmp_path / "model")
+    case = serve.sized(
+        serve.Case(model, dummy=True, prompts=2, prompt_tokens=((40, 40),), beside=5, in_flight=(2,))
+    )
+    variants = {name: canned(case, name) for name in ("raw", "rms:0.05")}
+    variants["rms:0.05"]["beside"]["cached_share"] = share
+    result = serve.result_of(case, variants)
+    assert result["problems"] == ["rms:0.05: the prompts that decoding ran beside were computed, not restored"]
+    assert result["over_raw"]["rms:0.05"]["decoded_tokens"] is None
+    (table,) = (table for table in report.serve_tables(result, "") if table.title == "decoding beside restores")
+    assert table.row_count == 1, "raw alone"
+    result["over_raw"]["rms:0.05"]["decoded_tokens"] = 1.05  # as results of old say
+    assert not any("decoded" in line for line in report.serve_lines(result)[:1])
 
 
 def test_json_holds_no_path_of_the_machine(present, tmp_path):

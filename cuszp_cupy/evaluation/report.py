@@ -9,7 +9,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from cuszp_cupy.evaluation.serve import DECODERS, LARGE, PASS
+from cuszp_cupy.evaluation.serve import DECODERS, LARGE, PASS, restores_beside
 
 CODEC_CAPTION = (
     "GB/s: 1e9 raw (uncompressed) bytes a second, ± half the interquartile range. of copy: bytes read and "
@@ -289,7 +289,7 @@ def _transfers(variants: dict) -> Table:
 
 
 def _times(row: dict, raw: dict, key: str) -> str:
-    return f"{row[key] / raw[key]:.2f}" if row[key] and raw[key] else ""
+    return f"{row[key] / raw[key]:.2f}" if row[key] and raw.get(key) else ""
 
 
 def _moved(variants: dict) -> Table:
@@ -324,9 +324,10 @@ def _beside(variants: dict) -> Table:
     caption = BESIDE_CAPTION.format(decoders=DECODERS)
     numbers = ("tokens/s\nalone", "beside", "of\nalone", "x raw", "restored\n/s")
     table = new_table("decoding beside restores", caption, (), ("variant",), numbers)
-    raw = variants["raw"]["beside"]
+    raw = variants["raw"]["beside"] if restores_beside(variants["raw"]) else {}
     for name, result in variants.items():
-        if row := result["beside"]:
+        if restores_beside(result):
+            row = result["beside"]
             alone, beside = row["decoded_tokens_per_s_alone"], row["decoded_tokens_per_s"]
             cells = [
                 _show(alone, "{:.1f}"),
@@ -347,6 +348,8 @@ def serve_lines(result: dict) -> list[str]:
             for one in over["restored_requests"]
         )
         speeds = (("loads", "large_load"), ("stores", "large_store"), ("decoded tokens/s", "decoded_tokens"))
+        if not restores_beside(result["variants"][name]):
+            speeds = speeds[:2]
         shown = "".join(f"; {what} {over[key]:.2f}" for what, key in speeds if over[key])
         lines.append(f"{name}, times raw: restored requests/s {requests}{shown}")
     for name, variant in result["variants"].items():

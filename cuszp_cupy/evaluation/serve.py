@@ -47,6 +47,7 @@ FIRST_LOGPROBS = 100  # most likely first tokens that distributions are compared
 PASS = ("prompt_tokens", "new_tokens", "in_flight")  # what sets apart passes over the same prompts
 PERCENTILES = tuple(range(0, 101, 5))  # of the time to the first token, kept for its distribution
 DECODERS = 4  # requests that decode beside restores
+RESTORED = 0.9  # share of prompts that came from a cache, from which on it was restored that decoding ran beside
 LARGE = 50e6  # bytes of a transfer whose speed is that of the link, not of its start
 
 
@@ -227,6 +228,9 @@ def result_of(case: Case, variants: dict[str, dict]) -> dict:
         notes.append("Speeds with verify mean nothing: it waits at each transfer.")
     for name in patched:
         problems += [f"{name}: {problem}" for problem in _problems(case, variants[name]["stats"])]
+    for name, variant in variants.items():
+        if case.beside and name != "recompute" and not restores_beside(variant):
+            problems.append(f"{name}: the prompts that decoding ran beside were computed, not restored")
     kept = ("transfers", "stats", "beside", "vllm", "start_s")
     result = {
         "case": described(case), "rows": rows,
@@ -286,8 +290,14 @@ def over_raw(result: dict, bound: str) -> dict:
     for way in ("load", "store"):
         found[way] = _over(*(one["transfers"][way]["gbps"] for one in both))
         found[f"large_{way}"] = _over(*(one["transfers"][way]["large_gbps"] for one in both))
-    found["decoded_tokens"] = _over(*((one["beside"] or {}).get("decoded_tokens_per_s") for one in both))
+    both = [one["beside"] if restores_beside(one) else {} for one in both]
+    found["decoded_tokens"] = _over(*(one.get("decoded_tokens_per_s") for one in both))
     return found
+
+
+def restores_beside(variant: dict) -> bool:
+    """Whether the prompts beside which a variant decoded were restored."""
+    return ((variant["beside"] or {}).get("cached_share") or 0) >= RESTORED
 
 
 def _over(ours: float | None, raw: float | None) -> float | None:
@@ -433,7 +443,7 @@ def main(arguments: str, result: str) -> None:
             logprobs=FIRST_LOGPROBS if case.logprobs else None,
         ) for n in case.new_tokens
     }  # fmt: skip
-    rounds, restored, most = [], {}, max(case.new_tokens)
+    rounds, restored, most, beside = [], {}, max(case.new_tokens), None
     for label, group in sets.items():
 
         def measure(what, number, in_flight, new_tokens, group=group, label=label):
@@ -455,7 +465,8 @@ def main(arguments: str, result: str) -> None:
                     outputs = measure("restored", number, in_flight, new_tokens)
                     for i, output in enumerate(outputs if (new_tokens, in_flight) == recorded else []):
                         restored.setdefault(f"{label}/{number}/{i}", _record(output))
-    beside = _beside(llm, max(sets.values(), key=_mean), case) if case.beside else None
+        if case.beside and group is max(sets.values(), key=_mean):  # before the next range evicts it from the CPU
+            beside = _beside(llm, group, case)
     if case.processes == "one" and case.tensor_parallel == 1:
         written = sys.modules["vllm_patch"].stats() if "vllm_patch" in sys.modules else []
     else:
@@ -568,8 +579,12 @@ def _round(llm, params, some, in_flight: int, what: str, number: int):
         "what": what, "set": number, "in_flight": in_flight, "requests": len(outputs), "seconds": seconds,
         "first_token_ms": [1e3 * output.metrics.first_token_latency for output in outputs],
         "end_to_end_ms": [1e3 * _latency(output.metrics) for output in outputs],
-        "cached_share": [(output.num_cached_tokens or 0) / len(output.prompt_token_ids) for output in outputs],
+        "cached_share": [_cached_share(output) for output in outputs],
     }, outputs  # fmt: skip
+
+
+def _cached_share(output) -> float:
+    return (output.num_cached_tokens or 0) / len(output.prompt_token_ids)
 
 
 def _latency(metrics) -> float:
@@ -584,7 +599,10 @@ def _record(output) -> dict:
 
 
 def _beside(llm, sets, case: Case) -> dict:
-    """Decode for a while alone, then beside prompts that are restored; return tokens and requests a second."""
+    """Decode for a while alone, then beside prompts that are restored; return tokens and requests a second.
+
+    ``cached_share``: of the prompts that were to be restored, how much came from a cache; None: there were none.
+    """
     from vllm import SamplingParams
 
     engine = llm.llm_engine
@@ -594,15 +612,14 @@ def _beside(llm, sets, case: Case) -> dict:
     queue = [prompt for some in sets for prompt in some]
     for i in range(DECODERS):
         engine.add_request(f"decode-{i}", {"prompt_token_ids": queue[i][:64]}, endless)
-    tokens, number, finished = {f"decode-{i}": 0 for i in range(DECODERS)}, 0, 0
+    tokens, number, cached = {f"decode-{i}": 0 for i in range(DECODERS)}, 0, []
 
     def step():
-        nonlocal finished
         for output in engine.step():
             if output.request_id in tokens:
                 tokens[output.request_id] = len(output.outputs[0].token_ids)
-            else:
-                finished += output.finished
+            elif output.finished:
+                cached.append(_cached_share(output))
 
     while min(tokens.values()) < 16:
         step()
@@ -611,13 +628,14 @@ def _beside(llm, sets, case: Case) -> dict:
         began, before, elapsed = time.perf_counter(), sum(tokens.values()), 0.0
         while elapsed < case.beside and max(tokens.values()) < room - 128:  # until the decoding requests are full
             due = case.beside_rate is None or number < case.beside_rate * elapsed
-            if restores and due and number - finished < 2:
+            if restores and due and number - len(cached) < 2:
                 engine.add_request(f"restore-{number}", {"prompt_token_ids": queue[number % len(queue)]}, short)
                 number += 1
             step()
             elapsed = time.perf_counter() - began
         found[name] = (sum(tokens.values()) - before) / elapsed if elapsed else None
-    found |= {"seconds": elapsed, "restored_requests_per_s": finished / elapsed if elapsed else None}
+    found |= {"seconds": elapsed, "restored_requests_per_s": len(cached) / elapsed if elapsed else None}
+    found["cached_share"] = float(np.mean(cached)) if cached else None
     engine.abort_request(list(tokens))
     while engine.has_unfinished_requests():
         engine.step()
