@@ -218,6 +218,34 @@ def test_a_variant_measures_each_pass_and_records_the_longest_answers(tmp_path, 
     assert configured == [expected | named] * ours
 
 
+def test_decoding_runs_beside_the_longest_prompts_while_the_cpu_has_them(tmp_path, monkeypatch):
+    """The next range's sets evict them from its cache."""
+    done = []
+
+    class Counting(LLM):
+        def generate(self, requests, params, use_tqdm):
+            done.append(len(requests[0]["prompt_token_ids"]))
+            return super().generate(requests, params, use_tqdm)
+
+    def beside(llm, sets, case):
+        return {"prompt": len(sets[0][0]), "before": sorted(set(done[1:]))}
+
+    vllm = types.SimpleNamespace(LLM=Counting, SamplingParams=lambda **options: options, __version__="0.33.0")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.delitem(sys.modules, "vllm_patch", raising=False)
+    monkeypatch.setattr(serve, "_watch", lambda transfers: None)
+    monkeypatch.setattr(serve, "_beside", beside)
+    ranges = ((30, 30), (50, 50), (20, 20))
+    case = serve.sized(serve.Case(
+        serve.write_shape(tmp_path / "model"), prompt_tokens=ranges, prompts=2, in_flight=(2,), beside=1.0
+    ))  # fmt: skip
+    arguments = {"case": serve.asdict(case), "variant": "raw", "stats_dir": str(tmp_path)}
+    (tmp_path / "case.json").write_text(json.dumps(arguments))
+    serve.main(str(tmp_path / "case.json"), str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["beside"] == {"prompt": 50, "before": [30, 50]}
+
+
 def test_transfers_are_of_the_round_in_which_vllm_notices_them(tmp_path, monkeypatch):
     """And sets are computed with as many in flight as was asked for, in turn."""
     moved, ranges = [], []

@@ -447,6 +447,7 @@ def main(arguments: str, result: str) -> None:
     rounds, restored, most, beside = [], {}, max(case.new_tokens), None
     warm = [7] * min(WARM_TOKENS, case.gpu_tokens // 16)  # so that kernels are loaded before anything is timed
     llm.generate([{"prompt_token_ids": warm}], params[most], use_tqdm=False)
+    transfers.clear()
     for label, group in sets.items():
 
         def measure(what, number, in_flight, new_tokens, group=group, label=label):
