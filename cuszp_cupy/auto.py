@@ -11,8 +11,8 @@ from .codec import mapped_pointer, pinned
 from .format import ROW_WORDS
 from .raw import copy as raw_copy
 
-SAMPLE_PAGES = 8  # different ones; repeated to a tile, or to
-SAMPLE_BYTES = 32 << 20
+SAMPLE_PAGES = 8  # different ones, repeated
+SAMPLE_BYTES = 32 << 20  # a tile, but no more
 REPEATS = 3
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .arena import by_row
+from .arena import by_row, changes
 from .arena import runs as copy_runs
 from .bound import parse_parts
 from .format import Geometry, check_coding
@@ -342,6 +342,8 @@ class Run:
             extent = (self.num_rows - 1) * self.stride + self.row_pages * self.page_bytes
             self.num_slots = extent // self.page_bytes
         self.state = np.full(self.num_slots, NEVER, np.uint8)
+        self._gpu = np.array([tensor.gpu for tensor in tensors])
+        self._gpu_bytes = np.array([tensor.gpu_bytes for tensor in tensors])
         self.pipeline = None
         self.verifier = None
 
@@ -359,13 +361,13 @@ class Run:
         first, num = self.tensors[0], len(self.tensors)
         if num == 1 or not len(cpu) or len(cpu) % num:
             return False
-        bases, per = np.array([tensor.gpu for tensor in self.tensors]), len(cpu) // num
+        per = len(cpu) // num
         inside = (cpu[:per] - self.base) % self.stride
         return bool(
-            len({tensor.gpu_bytes for tensor in self.tensors}) == 1
+            (self._gpu_bytes == self._gpu_bytes[0]).all()
             and ((inside >= 0) & (inside < first.width)).all()
             and (cpu.reshape(num, per) - cpu[:per] == first.width * np.arange(num)[:, None]).all()
-            and (gpu.reshape(num, per) - gpu[:per] == (bases - bases[0])[:, None]).all()
+            and (gpu.reshape(num, per) - gpu[:per] == (self._gpu - self._gpu[0])[:, None]).all()
             and (sizes == self.page_bytes).all()
         )
 
@@ -383,9 +385,9 @@ class Run:
         """Whether addresses are pages of the very tensor that lies at ``page`` of a row."""
         each = self.row_pages // len(self.tensors)
         tensor = np.clip(page // each, 0, len(self.tensors) - 1)
-        offset = gpu - np.array([t.gpu for t in self.tensors])[tensor]
-        limit = np.array([t.gpu_bytes for t in self.tensors])[tensor]
-        return (offset >= 0) & (offset < limit) & (offset // self.page_bytes * self.page_bytes == offset)
+        offset = gpu - self._gpu[tensor]
+        whole = offset // self.page_bytes * self.page_bytes == offset
+        return (offset >= 0) & (offset < self._gpu_bytes[tensor]) & whole
 
     def pieces(self, slots: np.ndarray, index: np.ndarray):
         """Yield parts of ``index``, the numbers of descriptors: PIECE_PAGES or more, whole rows together."""
@@ -398,7 +400,7 @@ class Run:
         rows = rows[: rows.size // turns]  # layer by layer, those of the first one tell of all
         order = by_row(rows)
         rows, index = rows[order], index.reshape(turns, -1)[:, order].T.ravel()
-        starts = turns * np.append(np.flatnonzero(np.diff(rows, prepend=-1)), rows.size)
+        starts = turns * np.append(np.flatnonzero(changes(rows)), rows.size)
         begin, most = 0, PIECE_PAGES
         while begin < index.size:
             fits = int(np.searchsorted(starts, begin + most, side="right")) - 1

@@ -578,11 +578,13 @@ class SwapPipeline:
                 raw_copy.copies(*pieces, self._runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
     def _spans(self, starts, lengths, units):
-        """Do as ``arena.spans``, with as many pages a tile as should fit, else with as many as fit raw.
+        """Do as ``arena.spans``; in rows with as many pages a tile as should fit, else with as many as fit raw.
 
-        In an arena, where the pages of a store lie in no order and regions apart, it is mostly the latter.
+        In an arena the pages of a store lie in no order, and regions apart: more would seldom do.
         """
-        rows = (self.table.base, self.table.rows.stride, units) if self.table.rows else ()
+        if not self.table.rows:
+            return spans(starts, lengths, self._tile_pages, self._tile_bytes)
+        rows = self.table.base, self.table.rows.stride, units
         most, per_row = TILES[self.coding][1] // self._slot_bytes, self.table.pages_per_row
         fit = int(self._tile_bytes * LIKELY * lengths.size / max(1, int(lengths.sum())))
         likely = min(most, fit) // per_row * per_row

@@ -46,7 +46,7 @@ WORDS = {"coding": codec.KV_CODINGS, "transport": TRANSPORTS}  # that may follow
 FIRST_LOGPROBS = 100  # most likely first tokens that distributions are compared on
 PASS = ("prompt_tokens", "new_tokens", "in_flight")  # what sets apart passes over the same prompts
 PERCENTILES = tuple(range(0, 101, 5))  # of the time to the first token, kept for its distribution
-WARM_TOKENS = 4096
+WARM_TOKENS = 4096  # of the prompt that comes before all others, at most
 DECODERS = 4  # requests that decode beside restores
 RESTORED = 0.9  # share of prompts that came from a cache, from which on it was restored that decoding ran beside
 LARGE = 50e6  # bytes of a transfer whose speed is that of the link, not of its start
@@ -445,9 +445,10 @@ def main(arguments: str, result: str) -> None:
         ) for n in case.new_tokens
     }  # fmt: skip
     rounds, restored, most, beside = [], {}, max(case.new_tokens), None
-    warm = [7] * min(WARM_TOKENS, case.gpu_tokens // 16)  # so that kernels are loaded before anything is timed
+    warm = [7] * min(WARM_TOKENS, case.gpu_tokens // 16)  # kernels are loaded before anything is timed
     llm.generate([{"prompt_token_ids": warm}], params[most], use_tqdm=False)
     transfers.clear()
+    longest = max(sets.values(), key=_mean)
     for label, group in sets.items():
 
         def measure(what, number, in_flight, new_tokens, group=group, label=label):
@@ -469,7 +470,7 @@ def main(arguments: str, result: str) -> None:
                     outputs = measure("restored", number, in_flight, new_tokens)
                     for i, output in enumerate(outputs if (new_tokens, in_flight) == recorded else []):
                         restored.setdefault(f"{label}/{number}/{i}", _record(output))
-        if case.beside and group is max(sets.values(), key=_mean):  # before the next range evicts it from the CPU
+        if case.beside and group is longest:  # before the next range evicts it from the CPU
             beside = _beside(llm, group, case)
     if case.processes == "one" and case.tensor_parallel == 1:
         written = sys.modules["vllm_patch"].stats() if "vllm_patch" in sys.modules else []

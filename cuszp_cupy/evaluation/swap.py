@@ -131,9 +131,9 @@ class Case:
             order = rng.permutation(num)
         if kind == "scattered":  # each half of the host memory by itself: plain copies write to the first one
             slots = rng.permuted(slots.reshape(2, -1), axis=1)
-        elif ROWS[kind]:
-            slots = layer_by_layer(slots.reshape(2, NUM_BATCHES, num), per_row)
         self.slots = slots.reshape(2, NUM_BATCHES, num)
+        if ROWS[kind]:
+            self.slots = layer_by_layer(self.slots, per_row)
         self.x = data.tiled(pages.pages, BATCH_BYTES, xp=cupy)
         self.y = cupy.empty_like(self.x)
         self.x_ptrs, self.y_ptrs = (pointers(array, order, size) for array in (self.x, self.y))
