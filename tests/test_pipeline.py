@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 
@@ -703,6 +704,7 @@ def test_calls_return_at_once_and_allocate_nothing(host, transport, monkeypatch)
                     swap.load(np.arange(40) + 40 * i, outs[i], stream)
             swap.synchronize()
         pool = cupy.get_default_memory_pool()
+        gc.collect()  # what earlier tests left must not be freed in the middle
         cupy.cuda.Device().synchronize()
         used, forbidden, times, handles = (pool.used_bytes(), pool.total_bytes()), [], [], []
         with held(stream), monkeypatch.context() as patch:

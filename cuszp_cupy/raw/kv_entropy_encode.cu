@@ -181,7 +181,7 @@ __device__ inline uint4 gather(u32 i, u32 s, u32 bases, const u16* regions, cons
     return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// Puts 16 bytes in the payload; of the last ones, what there is. Returns their part of the checksum.
+// Puts 16 bytes in the payload; of the last ones, the words there are. Returns their part of the checksum.
 __device__ inline u64 put(u32* payload, u32 i, uint4 w, u32 bytes) {
     if (16 * i + 16 <= bytes) {
         store16(payload + 4 * i, w);
@@ -192,12 +192,9 @@ __device__ inline u64 put(u32* payload, u32 i, uint4 w, u32 bytes) {
     #pragma unroll
     for (u32 j = 0; j < 4; j++) {
         const u32 at = 4 * i + j;
-        if (4 * at + 4 <= bytes) {
-            payload[at] = word[j];
-            check += term(word[j], PAYLOAD_INDEX + at);
-        } else if (4 * at < bytes) {
-            *(u16*)(payload + at) = (u16)word[j];   // of a raw page of an odd number of values
-        }
+        if (4 * at + 4 > bytes) break;
+        payload[at] = word[j];
+        check += term(word[j], PAYLOAD_INDEX + at);
     }
     return check;
 }
@@ -389,7 +386,9 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, BLOCKS) kv_entropy_encode(
         if (entropy) {
             check = write_streams(payload, bytes, bases, work, streams, groups);
         } else {
-            for (u32 i = tid; i < (bytes + 15) / 16; i += blockDim.x) put(payload, i, work.fixed[i], bytes);
+            const u32 whole = bytes / 16;
+            for (u32 i = tid; i < whole; i += blockDim.x) store16(payload + 4 * i, work.fixed[i]);
+            for (u32 i = 8 * whole + tid; i < bytes / 2; i += blockDim.x) ((u16*)payload)[i] = ((const u16*)work.fixed)[i];
         }
         check = warp_check(check);
         if (lane == 0) shared.check[warp] = check;
