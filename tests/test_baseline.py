@@ -38,6 +38,7 @@ def canned(case, variant, timeout=None):
             rounds.append({
                 "prompt_tokens": label, "new_tokens": 1, "what": what, "in_flight": in_flight, "set": number,
                 "requests": len(group[number]), "seconds": seconds, "transfers": transfers,
+                "host_s": None,
                 "first_token_ms": [1.0], "end_to_end_ms": [1e3 * seconds / 2, 1e3 * seconds],
                 "cached_share": [0.0 if what == "first" else 1.0],
             })  # fmt: skip

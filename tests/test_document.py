@@ -345,7 +345,7 @@ def results(tmp_path, monkeypatch) -> Path:
     served = serve.serve(load, ("rms:0.05",)) | {"parameters": {"quick": False}}
     monkeypatch.setattr(serve, "_run", test_baseline.canned)
     baseline_result = baseline.measure(load, (0.5,))
-    bench_result = read(ROOT / "results" / "bench-h100.json")
+    bench_result = read(ROOT / "results" / "nvidia-h100-80gb-hbm3" / "codec.json")
     made = {
         "bench-h100": bench_result, "gpu/swap": swap_result(), "soak": SOAK, "accuracy": accuracy_result(),
         "layers": layers_result(), "baseline": baseline_result, "serve": served,
@@ -503,7 +503,7 @@ def test_without_a_gpu_the_advice_is_that_of_the_results_and_says_so(results, mo
 
 
 def test_on_a_gpu_the_advice_is_measured(monkeypatch, capsys):
-    bench_result = read(ROOT / "results" / "bench-h100.json")
+    bench_result = read(ROOT / "results" / "nvidia-h100-80gb-hbm3" / "codec.json")
     monkeypatch.setattr(machine, "gpu_missing", lambda: None)
     monkeypatch.setattr(advice, "measure", lambda step: (bench_result, swap_result()))
     assert bench.main(["report", "--advise"]) == 0

@@ -168,9 +168,14 @@ class LLM:
     """Answers with the numbers of the prompts' first tokens, and on from there by how many are in flight."""
 
     def __init__(self, **arguments):
-        self.arguments = arguments
+        self.arguments, self.core = arguments, types.SimpleNamespace()
+        self.core.scheduler = types.SimpleNamespace(schedule=None, update_from_output=None)
+        self.core.model_executor = types.SimpleNamespace(execute_model=list, sample_tokens=None)
+        client = types.SimpleNamespace(engine_core=self.core)
+        self.llm_engine = types.SimpleNamespace(add_request=None, engine_core=client)
 
     def generate(self, requests, params, use_tqdm):
+        self.core.model_executor.execute_model()
         prompts = [request["prompt_token_ids"] for request in requests]
         return [output([prompt[0] + i * len(prompts) for i in range(params["max_tokens"])]) for prompt in prompts]
 
@@ -191,7 +196,7 @@ def test_a_variant_measures_each_pass_and_records_the_longest_answers(tmp_path, 
         (tmp_path / "cuszp-7.json").write_text(json.dumps(stats))
     else:
         monkeypatch.delitem(sys.modules, "vllm_patch", raising=False)
-    monkeypatch.setattr(serve, "_watch", watched.append)
+    monkeypatch.setattr(serve, "_watch", lambda transfers, spent: watched.append(spent))
     monkeypatch.setattr(serve.time, "sleep", lambda seconds: None)
     case = serve.sized(serve.Case(
         serve.write_shape(tmp_path / "model"), dummy=True, fill=True, prompt_tokens=((30, 30), (50, 50)),
@@ -212,6 +217,8 @@ def test_a_variant_measures_each_pass_and_records_the_longest_answers(tmp_path, 
     assert result["restored"]["50/1/2"]["tokens"] == [first, first + 3] and len(result["restored"]) == 16
     assert LLM.applied == ("cuszp_cupy.evaluation.serve", "fill_kv")
     assert len(watched) == (processes == "one" and variant != "recompute")
+    for row in rows:
+        assert set(row["host_ms"] or ()) == ({"model", "other"} if processes == "one" else set())
     assert result["stats"] == [stats] * ours and result["vllm"] == "0.33.0"
     expected = {"bound": "rms:0.05", "stats_dir": str(tmp_path), "coding": "entropy"}
     named = {"coding": "fixed", "transport": "fused"} if " " in variant else {}
@@ -233,7 +240,7 @@ def test_decoding_runs_beside_the_longest_prompts_while_the_cpu_has_them(tmp_pat
     vllm = types.SimpleNamespace(LLM=Counting, SamplingParams=lambda **options: options, __version__="0.33.0")
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.delitem(sys.modules, "vllm_patch", raising=False)
-    monkeypatch.setattr(serve, "_watch", lambda transfers: None)
+    monkeypatch.setattr(serve, "_watch", lambda transfers, spent: None)
     monkeypatch.setattr(serve, "_beside", beside)
     ranges = ((30, 30), (50, 50), (20, 20))
     case = serve.sized(serve.Case(
@@ -261,7 +268,7 @@ def test_transfers_are_of_the_round_in_which_vllm_notices_them(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
     monkeypatch.delitem(sys.modules, "vllm_patch", raising=False)
-    monkeypatch.setattr(serve, "_watch", moved.append)
+    monkeypatch.setattr(serve, "_watch", lambda transfers, spent: moved.append(transfers))
     case = serve.sized(serve.Case(
         serve.write_shape(tmp_path / "model"), prompt_tokens=((30, 30),), prompts=4, in_flight=(2,), repeats=1,
         sets=3, first_in_flight=(4, 1),
@@ -281,6 +288,7 @@ def test_calls_that_start_transfers_are_ranges_and_their_ends_are_recorded(monke
         gpu_to_cpu = True
 
         def transfer_async(self, job_id, src_spec, dst_spec):
+            clock.now += 1.0
             return job_id, src_spec, dst_spec
 
         def get_finished(self):
@@ -294,7 +302,9 @@ def test_calls_that_start_transfers_are_ranges_and_their_ends_are_recorded(monke
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setattr(serve, "nvtx_range", lambda name: ranges.append(name) or contextlib.nullcontext())
-    serve._watch(transfers)
+    clock = Clock(monkeypatch)
+    spent = serve.Spent()
+    serve._watch(transfers, spent)
     handler = Handler()
     assert handler.transfer_async(7, src_spec="a", dst_spec="b") == (7, "a", "b")
     assert len(handler.get_finished()) == 1
@@ -302,7 +312,16 @@ def test_calls_that_start_transfers_are_ranges_and_their_ends_are_recorded(monke
     handler.transfer_async(8, "a", "b")
     handler.get_finished()
     assert ranges == ["store call", "load call"]
+    assert spent.seconds == {"store calls": 1.0, "load calls": 1.0}
     assert transfers == [("store", 10, 0.5), ("load", 10, 0.5)]
+
+
+class Clock:
+    """A clock that goes when ``now`` is set."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(serve.time, "perf_counter", lambda: self.now)
 
 
 class Engine:
@@ -340,8 +359,7 @@ class Engine:
 
 @pytest.mark.parametrize(("rate", "expected", "most"), [(None, 100, 2), (5, 5, 1)])
 def test_decoding_is_timed_alone_and_beside_restores(monkeypatch, rate, expected, most):
-    clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(serve.time, "perf_counter", lambda: clock.now)
+    clock = Clock(monkeypatch)
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=lambda **options: options))
     engine = Engine(clock)
     case = serve.Case("", beside=1.0, beside_rate=rate)
@@ -355,7 +373,7 @@ def test_decoding_is_timed_alone_and_beside_restores(monkeypatch, rate, expected
 def test_summary_counts_requests_a_second_and_percentiles():
     one = {
         "prompt_tokens": "8", "new_tokens": 1, "what": "restored", "in_flight": 4, "requests": 4,
-        "end_to_end_ms": [9.0] * 4, "transfers": [],
+        "end_to_end_ms": [9.0] * 4, "transfers": [], "host_s": {},
     }  # fmt: skip
     rounds = [
         one | {"seconds": 2.0, "first_token_ms": [1, 2, 3, 4], "cached_share": [1, 1, 1, 0]},
@@ -372,7 +390,7 @@ def test_summary_counts_requests_a_second_and_percentiles():
 def test_summary_tells_what_transfers_take_of_a_round():
     one = {
         "prompt_tokens": "8", "new_tokens": 1, "what": "restored", "in_flight": 2, "requests": 2, "seconds": 0.5,
-        "first_token_ms": [5, 6], "end_to_end_ms": [10, 30], "cached_share": [1, 1],
+        "first_token_ms": [5, 6], "end_to_end_ms": [10, 30], "cached_share": [1, 1], "host_s": None,
     }  # fmt: skip
     loads = [("load", 4 * 10**9, 0.08), ("load", 6 * 10**9, 0.12), ("store", 10**9, 0.04)]
     (row,) = serve.summary({"rounds": [one | {"transfers": loads}, one | {"transfers": loads[:1]}]})
@@ -386,6 +404,38 @@ def test_summary_tells_what_transfers_take_of_a_round():
     assert row["h2d_share"] == 0 and row["h2d_gbps"] is None
     (row,) = serve.summary({"rounds": [one | {"transfers": None}]})  # not timed
     assert {row[key] for key in row if key.startswith(("h2d_", "d2h_"))} == {None}
+
+
+def test_the_host_s_time_is_told_apart(monkeypatch):
+    """Calls within the model's are theirs alone; what is in no part is other."""
+    clock, spent = Clock(monkeypatch), serve.Spent()
+
+    def takes(seconds, inner=None):
+        def call(*arguments, **options):
+            clock.now += seconds
+            return (inner or list)(*arguments, **options)
+
+        return call
+
+    def swap(*arguments, **options):
+        with spent.part("load calls"):
+            clock.now += 0.25
+        return arguments
+
+    scheduler = types.SimpleNamespace(schedule=takes(2.0), update_from_output=takes(1.0))
+    executor = types.SimpleNamespace(execute_model=takes(0.5, swap), sample_tokens=takes(0.5))
+    core = types.SimpleNamespace(scheduler=scheduler, model_executor=executor)
+    engine = types.SimpleNamespace(add_request=takes(4.0), engine_core=types.SimpleNamespace(engine_core=core))
+    serve._watch_engine(types.SimpleNamespace(llm_engine=engine), spent)
+    engine.add_request()
+    scheduler.schedule()
+    assert executor.execute_model("what") == ("what",)
+    executor.sample_tokens()
+    scheduler.update_from_output()
+    assert spent.seconds == {"adding": 4.0, "scheduling": 3.0, "model": 1.0, "load calls": 0.25}
+    found = serve._host_ms([spent.seconds, {"adding": 1.0}], 10, 12.0)
+    assert found == {"adding": 500.0, "scheduling": 300.0, "model": 100.0, "load calls": 25.0, "other": 275.0}
+    assert serve._host_ms([None], 10, 12.0) is None
 
 
 def test_compare_finds_where_tokens_and_distributions_part():
@@ -460,6 +510,7 @@ def canned(case, variant, timeout=None):
                     "first_token_ms": [100 / speed * n**0.5 * (1 + i / 20) for i in range(len(some))],
                     "cached_share": [0.99 if what == "restored" else 0.0] * len(some),
                     "end_to_end_ms": [200 / speed * n**0.5] * len(some), "transfers": [],
+                    "host_s": {"adding": 0.1 / speed, "load calls": 0.2 / speed},
                 })  # fmt: skip
             for i in range(len(some)):
                 tokens = [1, 2, 3 if variant in ("recompute", "raw") else 4]

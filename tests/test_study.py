@@ -154,7 +154,7 @@ def test_every_step_is_a_command_that_bench_takes(files, quick):
     for one in steps:
         name = next((word for word in one.arguments[:1] if word in PARSERS), "")
         options = PARSERS.get(name, bench.parser)().parse_args(one.arguments[bool(name) :])
-        assert options.quick == quick or one.name in ("swap-0.02", "swap-0.2")
+        assert options.quick == quick or one.name in ("swap-entropy", "swap-0.02", "swap-0.2")
         assert not any(str(files[0].parents[1]) in word for word in one.parameters)  # no path of a machine
         used.add(name)
     assert used == {"", *PARSERS}

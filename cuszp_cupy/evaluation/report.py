@@ -50,6 +50,11 @@ SERVE_CAPTION = (
     "evicted from the GPU since (recompute computes it again). cached: share of the prompt that was in a cache. "
     "H2D: milliseconds of loads a request, and their share of all the time."
 )
+HOST_CAPTION = (
+    "Milliseconds of the host a restored request: adding it, vLLM's scheduler, enqueueing the model's kernels, "
+    "the calls that enqueue transfers, each without the others; other: for the most part waiting for the GPU. "
+    "Loads go on beside all of it."
+)
 TRANSFER_CAPTION = (
     "GB/s: 1e9 raw bytes a second, by events on the stream of each transfer; of all, and the median of those of "
     "{large:.0f} MB or more, ± half the interquartile range. x raw: against vLLM's own copies."
@@ -234,8 +239,8 @@ def equal_kl_lines(results: list[dict]) -> list[str]:
 def serve_tables(result: dict, title: str) -> list[Table]:
     """Return the tables of ``evaluation.serve.serve``, those alone that have rows."""
     tables = [
-        _serve_rows(result["rows"], title), _transfers(result["variants"]), _moved(result["variants"]),
-        _agreement(result["agreement"]), _beside(result["variants"]),
+        _serve_rows(result["rows"], title), _host_parts(result["rows"]), _transfers(result["variants"]),
+        _moved(result["variants"]), _agreement(result["agreement"]), _beside(result["variants"]),
     ]  # fmt: skip
     return [table for table in tables if table.row_count]
 
@@ -267,6 +272,20 @@ def _serve_rows(rows: list[dict], title: str) -> Table:
             table.add_row(
                 prompt_tokens, what, row["variant"], new_tokens, in_flight, str(row["requests"]), *cells
             )
+    return table
+
+
+def _host_parts(rows: list[dict]) -> Table:
+    rows = [row for row in rows if row["what"] == "restored" and row.get("host_ms")]  # not timed in all results
+    parts = list(dict.fromkeys(part for row in rows for part in row["host_ms"]))
+    parts.sort(key="other".__eq__)
+    table = new_table(
+        "where the host's time goes", HOST_CAPTION, ("prompt\ntokens",), ("variant",),
+        ("new\ntokens", "in\nflight", *parts),
+    )  # fmt: skip
+    for row in rows:
+        cells = [_show(row["host_ms"].get(part), "{:.1f}") for part in parts]
+        table.add_row(row["prompt_tokens"], row["variant"], str(row["new_tokens"]), str(row["in_flight"]), *cells)
     return table
 
 

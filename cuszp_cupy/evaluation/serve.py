@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -337,8 +338,8 @@ def summary(result: dict) -> list[dict]:
     ``first_token_ms_percentiles``: its whole distribution, at PERCENTILES.
     ``spread_percent``: half the interquartile range of the rounds' requests/s, of their median; None for one.
     ``seconds``: of all rounds. ``d2h_`` and ``h2d_``: what ``speeds`` tells of the transfers whose end vLLM
-    noticed in these rounds, ``ms`` of them a request, and ``share``: their seconds over the rounds'. None: not
-    timed.
+    noticed in these rounds, ``ms`` of them a request, and ``share``: their seconds over the rounds'.
+    ``host_ms``: part -> ms of the host a request (``Spent``), ``other``: the rest. None: not timed.
     """
     rows, kinds = [], {}
     for one in result["rounds"]:
@@ -359,9 +360,18 @@ def summary(result: dict) -> list[dict]:
             | percentiles
             | {"first_token_ms_percentiles": np.percentile(first, PERCENTILES).tolist()}
             | {"cached_share": float(np.mean([share for one in rounds for share in one["cached_share"]]))}
+            | {"host_ms": _host_ms([one["host_s"] for one in rounds], requests, seconds)}
             | _moved([one["transfers"] for one in rounds], requests, seconds)
         )
     return rows
+
+
+def _host_ms(parts: list, requests: int, seconds: float) -> dict[str, float] | None:
+    """Return ``host_ms`` of a row: see ``summary``."""
+    if None in parts:
+        return None
+    total = sum(map(Counter, parts), Counter())
+    return {part: 1e3 * s / requests for part, s in [*total.items(), ("other", seconds - total.total())]}
 
 
 def _moved(transfers: list, requests: int, seconds: float) -> dict:
@@ -426,9 +436,9 @@ def main(arguments: str, result: str) -> None:
 
         vllm_patch.configure(stats_dir=given["stats_dir"], **(case.settings or {}) | settings_of(variant))
     transfers: list[tuple[str, int, float]] = []
-    timed = case.processes == "one"
+    timed, spent = case.processes == "one", Spent()
     if variant != "recompute" and timed:
-        _watch(transfers)
+        _watch(transfers, spent)
     from vllm import LLM, SamplingParams, __version__
 
     began, sets = time.perf_counter(), prompts(case)
@@ -438,6 +448,8 @@ def main(arguments: str, result: str) -> None:
 
         llm.apply_model(serve.fill_kv)
     start_s = time.perf_counter() - began
+    if timed:
+        _watch_engine(llm, spent)
     params = {
         n: SamplingParams(
             max_tokens=n, temperature=0, detokenize=False, ignore_eos=True,
@@ -452,10 +464,11 @@ def main(arguments: str, result: str) -> None:
     for label, group in sets.items():
 
         def measure(what, number, in_flight, new_tokens, group=group, label=label):
-            begin = len(transfers)
+            begin, before = len(transfers), spent.seconds.copy()
             with nvtx_range(f"{what}: prompts of {label}, {new_tokens} new, {in_flight} in flight"):
                 one, outputs = _round(llm, params[new_tokens], group[number], in_flight, what, number)
             one["transfers"] = transfers[begin:] if timed else None
+            one["host_s"] = dict(spent.seconds - before) if timed else None
             rounds.append(one | {"prompt_tokens": label, "new_tokens": new_tokens})
             return outputs
 
@@ -647,10 +660,51 @@ def _beside(llm, sets, case: Case) -> dict:
     return found
 
 
-def _watch(transfers: list) -> None:
+class Spent:
+    """Seconds of the host by part, ``seconds``: each without the parts that ran within it."""
+
+    def __init__(self):
+        self.seconds, self._within = Counter(), [0.0]
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        self._within.append(0.0)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.seconds[name] += took - self._within.pop()
+            self._within[-1] += took
+
+
+def _watch_engine(llm, spent: Spent) -> None:
+    """Record where the engine's host time goes; transfers are enqueued within ``model``."""
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core  # of one process
+    parts = {
+        "adding": [(engine, "add_request")],
+        "scheduling": [(core.scheduler, "schedule"), (core.scheduler, "update_from_output")],
+        "model": [(core.model_executor, "execute_model"), (core.model_executor, "sample_tokens")],
+    }
+    for part, calls in parts.items():
+        for owner, name in calls:
+            setattr(owner, name, _timed(getattr(owner, name), part, spent))
+
+
+def _timed(call, part: str, spent: Spent):
+    def timed(*args, **kwargs):
+        with spent.part(part):
+            return call(*args, **kwargs)
+
+    return timed
+
+
+def _watch(transfers: list, spent: Spent) -> None:
     """Record what vLLM's handlers time, by events on their streams: the same for its own copies and for ours.
 
-    An NVTX range, ``store call`` or ``load call``, is around the call that enqueues a transfer.
+    An NVTX range, ``store call`` or ``load call``, is around the call that enqueues a transfer; ``spent`` gets
+    its time.
     """
     from vllm.v1.kv_offload.cpu import gpu_worker
 
@@ -664,7 +718,8 @@ def _watch(transfers: list) -> None:
         return results
 
     def transfer_async(self, *args, **kwargs):
-        with nvtx_range("store call" if self.gpu_to_cpu else "load call"):
+        part = "store calls" if self.gpu_to_cpu else "load calls"
+        with nvtx_range("store call" if self.gpu_to_cpu else "load call"), spent.part(part):
             return start(self, *args, **kwargs)
 
     handler.get_finished, handler.transfer_async = get_finished, transfer_async

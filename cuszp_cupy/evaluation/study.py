@@ -63,8 +63,8 @@ def steps(
     gpu, vllm = ("gpu",), ("vllm",)
     every = [
         Step("codec", (), 1, "page sizes, types, bounds, codings, groups of tokens or channels; the link"),
-        Step("swap-fixed", ("swap",), 4, "page sizes, slots, directions, transports; tax, overlap", gpu),
-        Step("swap-entropy", ("swap", "--coding", "entropy"), 4, "the same, coding entropy", gpu),
+        Step("swap-fixed", ("swap",), 3, "page sizes, slots, directions, transports; tax, overlap", gpu),
+        Step("swap-entropy", ("swap", "--quick", "--coding", "entropy"), 1, "64 KiB, coding entropy", gpu),
         *(
             Step(f"swap-{a}", ("swap", "--quick", "--bound", f"rms:{a}"), 1, f"pages of 64 KiB at rms:{a}", gpu)
             for a in (0.02, 0.2)
@@ -79,7 +79,7 @@ def steps(
             "serve-load",
             (*load, *(f"--prompt-tokens={n}" for n in (1000, 8000, 16000)), "--in-flight", "1,4,16",
              "--prompts", "8", "--repeats", "2"),
-            6.5, "lengths, requests at once; recompute, raw, rms:0.05", vllm,
+            6, "lengths, requests at once; recompute, raw, rms:0.05", vllm,
         ),
         Step(
             "serve-variants", (*full, "--prompt-tokens=8000", *(f"--bound={one}" for one in VARIANTS)), 7,
