@@ -584,6 +584,8 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
 def plot_serve(result: dict, title: str, path: str | Path) -> None:
     """Draw restored requests/s and their time to the first token, for each length of prompts and answers."""
     plt = pyplot()
+    from matplotlib.ticker import LogLocator
+
     rows = [row for row in result["rows"] if row["what"] == "restored"]
     lengths = list(dict.fromkeys((row["prompt_tokens"], row["new_tokens"]) for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
@@ -601,14 +603,18 @@ def plot_serve(result: dict, title: str, path: str | Path) -> None:
             above.plot(places, [row["requests_per_s"] for row in own], "o-", ms=4, label=label, **style)
             median = [row["first_token_ms_p50"] for row in own]
             late = [max(0.0, row["first_token_ms_p90"] - row["first_token_ms_p50"]) for row in own]
-            width = 0.8 / len(variants)
-            x = [place - 0.4 + (i + 0.5) * width for place in places]
-            bars = [[0.0] * len(late), late]
-            below.bar(x, median, 0.92 * width, yerr=bars, capsize=3, ecolor="dimgrey", label=label, **style)
+            x = [place + 0.1 * (i - len(variants) / 2) for place in places]  # beside each other
+            whiskers = [[0.0] * len(late), late]
+            below.errorbar(x, median, yerr=whiskers, fmt="o", ms=5, capsize=3, label=label, **style)
         for axis in (above, below):
             axis.set_xticks(range(len(flights)), map(str, flights))
-            axis.set(xlabel="requests in flight", ylim=(0, None))
+            axis.set(xlabel="requests in flight", xlim=(-0.5, len(flights) - 0.5))
             axis.grid(True, axis="y", alpha=0.3)
+        above.set_ylim(0, None)
+        below.set_yscale("log")  # computing again takes many times as long
+        below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        below.yaxis.set_major_formatter("{x:g}")
+        below.yaxis.set_minor_formatter("")
         above.set_title(f"prompts of {prompt} tokens, {new} new", fontsize=10)
     axes[0][0].set_ylabel("restored requests a second")
     axes[1][0].set_ylabel("to the first token, ms: p50, whisker p90")
