@@ -171,7 +171,7 @@ def test_round_trip_equals_reference(transport, host, dtype):
 @pytest.mark.parametrize(
     "geometry",
     # the least page of two groups a thread; flat, 2 mod 16 bytes; two chunks, per head
-    [Geometry(16, 4), Geometry(1, 65), Geometry(16, 640, outer=2, parts=(160, 160))],
+    [Geometry(16, 4), Geometry(1, 65), Geometry(16, 1040, outer=2, parts=(260, 260))],
     ids=str,
 )
 def test_geometries_scattered(geometry, batch, monkeypatch):

@@ -271,4 +271,6 @@ def test_a_short_soak_finds_nothing(coding):
     result = soak.soak(0.05, "rms:0.05", coding)
     assert result["mismatches"] == result["damaged"] == 0
     assert result["pages_loaded"] > 100
-    assert coding == "entropy" or "evictions" in result["calls"]  # pages of entropy are smaller, and come slower
+    stores = sum(number for call, number in result["calls"].items() if call.startswith("store"))
+    # on a busy machine there is time for few; pages of entropy are smaller
+    assert stores < 300 or coding == "entropy" or "evictions" in result["calls"]
