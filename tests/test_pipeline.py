@@ -170,8 +170,8 @@ def test_round_trip_equals_reference(transport, host, dtype):
 @pytest.mark.parametrize("batch", [True, False], ids=["batched copies", "one by one"])
 @pytest.mark.parametrize(
     "geometry",
-    # the least page of two groups a thread; flat, 2 mod 16 bytes; two chunks, per head
-    [Geometry(16, 4), Geometry(1, 65), Geometry(16, 1040, outer=2, parts=(260, 260))],
+    # the least page of two groups a thread; flat, 2 mod 16 bytes; per head, of one chunk and of two
+    [Geometry(16, 4), Geometry(1, 65), *(Geometry(16, 4 * n, outer=2, parts=(n, n)) for n in (160, 260))],
     ids=str,
 )
 def test_geometries_scattered(geometry, batch, monkeypatch):

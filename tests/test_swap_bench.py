@@ -268,9 +268,10 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("coding", ["fixed", "entropy"])
 def test_a_short_soak_finds_nothing(coding):
-    result = soak.soak(0.05, "rms:0.05", coding)
-    assert result["mismatches"] == result["damaged"] == 0
-    assert result["pages_loaded"] > 100
-    stores = sum(number for call, number in result["calls"].items() if call.startswith("store"))
-    # on a busy machine there is time for few; pages of entropy are smaller
-    assert stores < 300 or coding == "entropy" or "evictions" in result["calls"]
+    for minutes in (0.05, 0.5):  # a busy machine has time for too few calls in the first
+        result = soak.soak(minutes, "rms:0.05", coding)
+        assert result["mismatches"] == result["damaged"] == 0
+        evicted = coding == "entropy" or "evictions" in result["calls"]  # its pages are smaller, and come slower
+        if evicted and result["pages_loaded"] > 100:
+            break
+    assert result["pages_loaded"] > 100 and evicted
