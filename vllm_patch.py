@@ -416,11 +416,17 @@ def _bind(connector, kinds) -> None:
     separate = len(getattr(region, "pinned_addresses", None) or ()) > 1  # vLLM pinned each row by itself
     with device():
         for run in runs:
-            run.pipeline = SwapPipeline(
-                run.kind.geometry, run.kind.dtype, run.bound, settings.coding, num_slots=run.num_slots,
-                transport=settings.transport, host=replace(run.host, separate=separate),
-                ring_bytes=(settings.ring_mb << 20) // len(runs),
-            )  # fmt: skip
+            try:
+                run.pipeline = SwapPipeline(
+                    run.kind.geometry, run.kind.dtype, run.bound, settings.coding, num_slots=run.num_slots,
+                    transport=settings.transport, host=replace(run.host, separate=separate),
+                    ring_bytes=(settings.ring_mb << 20) // len(runs),
+                )  # fmt: skip
+            except MemoryError as error:
+                raise MemoryError(
+                    f"{error}; in vLLM that is CUSZP_RING_MB={settings.ring_mb}, and what "
+                    "gpu_memory_utilization leaves: lower one of them"
+                ) from None
             run.warm()
             if settings.verify:
                 run.verifier = offload.Verifier(run, settings.coding, settings.verify)

@@ -392,6 +392,16 @@ def test_pages_go_to_the_pipeline_and_come_back(vllm, monkeypatch, blocks_per_ch
     assert stats["pipelines"][0]["store"]["pages"] == LAYERS * num and stats["passed_through"] == {}
 
 
+def test_a_ring_that_finds_no_memory_says_which_setting_to_lower(vllm, monkeypatch):
+    def refuse(*args, ring_bytes, **options):
+        raise MemoryError(f"no {ring_bytes} bytes of device memory")
+
+    monkeypatch.setattr(FakePipeline, "__init__", refuse)
+    monkeypatch.setenv("CUSZP_RING_MB", "96")
+    with pytest.raises(MemoryError, match="no 100663296 bytes of .*CUSZP_RING_MB=96.* gpu_memory_utilization"):
+        Engine(vllm, monkeypatch)
+
+
 def test_registering_again_keeps_what_is_stored(vllm, monkeypatch):
     engine = Engine(vllm, monkeypatch)
     before = engine.gpu.copy()
