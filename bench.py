@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -167,6 +168,8 @@ def _add_load(result) -> None:
         type=_positive,
         help="of the CPU's cache, in GiB (default: what all prompts need)",
     )
+    add("--engine", metavar="JSON", type=_object, help="more arguments of vllm.LLM; on a GPU with other users: "
+        """'{"gpu_memory_utilization": 0.5}'""")  # fmt: skip
 
 
 def baseline_parser() -> argparse.ArgumentParser:
@@ -257,6 +260,16 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0, at most 1, got {text}")
+    return value
+
+
+def _object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
     return value
 
 
@@ -574,7 +587,7 @@ def serve_case(options: argparse.Namespace, folder: Path) -> serve.Case:
         cpu_gb=options.cpu_gb, beside=options.beside, beside_rate=options.beside_rate, logprobs=not shape,
         tensor_parallel=options.tensor_parallel,
         processes=options.processes or ("one" if options.tensor_parallel == 1 else "spawn"),
-        settings={name: value for name, value in settings.items() if value is not None},
+        settings={name: value for name, value in settings.items() if value is not None}, engine=options.engine,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ Knows vLLM's terms, but imports neither vLLM nor torch: ``vllm_patch`` brings th
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import json
 import logging
 import math
@@ -23,11 +23,14 @@ import numpy as np
 from .arena import by_row, changes
 from .arena import runs as copy_runs
 from .bound import parse_parts
+from .codec import pinned
 from .format import Geometry, check_coding
 from .pipeline import TILES, TRANSPORTS, HostRows, tile_limit
+from .raw import copy as raw_copy
 
 MOST_PIPELINES = 4  # each has streams and a ring of its own
 PIECE_PAGES = 4096  # that the GPU starts on while the host plans the next ones of a call, four times as many
+AT_ONCE = 64  # pages that a verifier fetches and checks: few, so that they stay in the caches
 ATTENTION = ("FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec")
 NEVER, RAW, HELD = range(3)  # what a slot was last written by: nothing, vLLM's function, the pipeline
 #: why vLLM's function moves a descriptor; "" where the tensor is no run's
@@ -671,19 +674,21 @@ class Verifier:
 
     def keep(self, slots, pages) -> None:
         """Copy pages that were stored."""
-        for at in range(0, len(slots), 256):
-            out = np.empty((len(slots[at : at + 256]), self.stored.shape[1]), np.uint16)
-            fetch(pages[at : at + 256], out)
-            self.stored[slots[at : at + 256]] = out
+        for some, bits in self._fetched(slots, pages):
+            self.stored[some] = bits
         self.kept += len(slots)
 
     def check(self, slots, pages) -> None:
         """Raise AssertionError if a loaded page is not what it must be."""
-        for at in range(0, len(slots), 256):
-            some = slots[at : at + 256]
-            loaded = np.empty((len(some), self.stored.shape[1]), np.uint16)
-            fetch(pages[at : at + 256], loaded)
+        for some, loaded in self._fetched(slots, pages):
             self._check(some, self.stored[some], loaded)
+
+    def _fetched(self, slots, pages):
+        for at in range(0, len(slots), AT_ONCE):
+            some = slots[at : at + AT_ONCE]
+            bits = np.empty((len(some), self.stored.shape[1]), np.uint16)
+            fetch(pages[at : at + AT_ONCE], bits)
+            yield some, bits
 
     def _check(self, slots, stored, loaded) -> None:
         from cuszp_cupy import reference
@@ -714,47 +719,52 @@ class Verifier:
 
 
 def fetch(addresses: np.ndarray, out: np.ndarray) -> None:
-    """Copy pages at device ``addresses`` to the rows of ``out``. Waits."""
+    """Copy pages at device ``addresses``, AT_ONCE at most, to the rows of ``out``. Waits."""
     from cupy.cuda import runtime
 
-    nbytes, addresses = out.strides[0], addresses.astype(np.int64)
-    places = out.ctypes.data + np.arange(len(out)) * nbytes
-    edges = copy_runs(places, addresses, np.full(len(out), nbytes))
-    for begin, end in itertools.pairwise(edges):
-        pitch = int(addresses[begin + 1] - addresses[begin]) if end > begin + 1 else nbytes
-        runtime.memcpy2DAsync(
-            int(places[begin]), nbytes, int(addresses[begin]), pitch, nbytes, int(end - begin),
-            runtime.memcpyDeviceToHost, 0,
-        )  # fmt: skip
-    runtime.streamSynchronize(0)
+    (num, _), nbytes = out.shape, out.strides[0]
+    memory, stream = _landing(nbytes)
+    copies = memory.ctypes.data + np.arange(num) * nbytes, addresses.astype(np.int64), np.full(num, nbytes)
+    raw_copy.copies(*copies, copy_runs(*copies), runtime.memcpyDeviceToHost, stream.ptr)
+    stream.synchronize()
+    out[:] = memory[: out.nbytes].view(out.dtype).reshape(out.shape)
+
+
+@functools.cache
+def _landing(page_bytes: int):
+    """Return pinned memory for AT_ONCE pages, and a stream."""
+    import cupy
+
+    return pinned(AT_ONCE * page_bytes), cupy.cuda.Stream(non_blocking=True)
 
 
 def error_over_eb(stored: np.ndarray, loaded: np.ndarray, kind: Kind, bound) -> np.ndarray:
     """Return the largest |x - y| / eb of each page (bits, a row a page); infinite where NaN or Inf changed."""
+    from cuszp_cupy.evaluation.codec import as_float32
     from cuszp_cupy.evaluation.data import DTYPES
 
     worst = np.zeros(len(stored))
     k_width, v_width = kind.geometry.parts
-    turns = (a.reshape(len(a), -1, k_width + v_width) for a in (stored, loaded))
-    stored, loaded = turns
+    turns = [a.view(DTYPES[kind.dtype]).reshape(len(a), -1, k_width + v_width) for a in (stored, loaded)]
     for part, one in zip((np.s_[..., :k_width], np.s_[..., k_width:]), parse_parts(bound, 2), strict=True):
-        bits = (np.ascontiguousarray(a[part]).reshape(len(a), -1) for a in (stored, loaded))
-        x_bits, y_bits = bits
-        with np.errstate(invalid="ignore"):  # signalling NaNs are data
-            x, y = (a.view(DTYPES[kind.dtype]).astype(np.float64) for a in (x_bits, y_bits))
-            finite = np.isfinite(x)
-            error = np.abs(np.where(finite, x, 0) - np.where(finite, y, 0)).max(axis=1)
-        values = np.where(finite, x, np.nan)
+        both = [np.ascontiguousarray(a[part]).reshape(len(a), -1) for a in turns]
+        x, y = (as_float32(a) for a in both)
+        finite = np.isfinite(x)
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.abs(x - y).max(axis=1, where=finite, initial=0)
+        if one.kind == "abs":
+            eb = np.full(len(x), one.value)
+        elif one.kind == "rel":
+            ends = x.max(axis=1, where=finite, initial=-np.inf), x.min(axis=1, where=finite, initial=np.inf)
+            eb = one.value * (ends[0].astype(np.float64) - ends[1])
+        else:
+            values = np.where(finite, x, 0).astype(np.float64)
+            eb = one.value * np.sqrt(np.einsum("ij,ij->i", values, values) / np.maximum(finite.sum(axis=1), 1))
         with np.errstate(invalid="ignore", divide="ignore"):
-            empty = ~finite.any(axis=1)
-            values[empty] = 0
-            if one.kind == "abs":
-                eb = np.full(len(x), one.value)
-            elif one.kind == "rel":
-                eb = one.value * (np.nanmax(values, axis=1) - np.nanmin(values, axis=1))
-            else:
-                eb = one.value * np.sqrt(np.nanmean(values**2, axis=1))
             over = np.where(error == 0, 0, error / eb)
-        over[((x_bits != y_bits) & ~finite).any(axis=1) | np.isnan(over)] = np.inf
+        if not finite.all():
+            x_bits, y_bits = (a.view(np.uint16) for a in both)
+            over[((x_bits != y_bits) & ~finite).any(axis=1)] = np.inf
+        over[np.isnan(over)] = np.inf
         worst = np.maximum(worst, over)
     return worst

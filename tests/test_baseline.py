@@ -46,6 +46,7 @@ def canned(case, variant, timeout=None):
     return {
         "rounds": rounds, "restored": {"100/0/0": {"tokens": [1], "first": {}}}, "stats": [], "beside": None,
         "transfers": serve.speeds(transfers), "vllm": "0.33.0", "start_s": 30.0,
+        "host_bytes": [10**9],
     }  # fmt: skip
 
 

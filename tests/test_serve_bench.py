@@ -538,6 +538,7 @@ def canned(case, variant, timeout=None):
         "rounds": rounds, "restored": restored, "transfers": serve.speeds(timed), "vllm": "0.33.0",
         "start_s": 40.0, "stats": [] if variant in ("recompute", "raw") else [stats],
         "beside": beside if case.beside else None,
+        "host_bytes": [10**9 * (n + 10) for n in range(len(rounds))] if case.processes == "one" else None,
     }  # fmt: skip
 
 
@@ -576,6 +577,7 @@ def test_the_command_shows_what_the_comparison_is_for(present, capsys):
     assert "; loads 2.00; stores 2.00; decoded tokens/s 0.99" in text
     assert "passed through: 7 descriptors, 7.0 MB: no whole page" in shown.out
     assert "not representative of a trained model; K and V are scaled by channel" in shown.out
+    assert "rms:0.05: 20.00 GB of host memory after half of the rounds, 29.00 at the end" in text
     assert "PROBLEM" not in shown.out and "verify" not in shown.out
 
 
@@ -693,7 +695,8 @@ def test_defaults_are_of_the_shape_or_of_a_small_model(tmp_path):
     assert (quick.prompts, quick.repeats, quick.in_flight) == (4, 1, (8,)) and quick.settings["verify"] == 0.01
     assert os.path.basename(quick.model) == "llama-8b-4-layers"
     model = serve.write_shape(tmp_path / "model", serve.LLAMA_1B)
-    real = case_of(tmp_path, model, "--tensor-parallel", "2", "--transport", "fused")
+    real = case_of(tmp_path, model, "--tensor-parallel", "2", "--transport", "fused", "--engine", '{"seed": 7}')
+    assert shape.engine is None and serve.llm_arguments(serve.sized(real), "raw", 4096)["seed"] == 7
     assert (
         not real.dummy and real.logprobs and real.processes == "spawn" and real.settings["transport"] == "fused"
     )
@@ -713,6 +716,8 @@ def test_defaults_are_of_the_shape_or_of_a_small_model(tmp_path):
         (["--shape", "llama-1b", "--bound", "rms:0.05 zip"], "at most after the bound, got 'zip'"),
         (["--shape", "llama-1b", "--prompt-tokens", "9,5"], "expected a number or two as LOW,HIGH, got 9,5"),
         (["--shape", "llama-1b", "--in-flight", "4,0"], "expected at least 1, got 0"),
+        (["--shape", "llama-1b", "--engine", "[7]"], "expected a JSON object, got [7]"),
+        (["--shape", "llama-1b", "--engine", "{seed: 7}"], "expected a JSON object, got {seed: 7}: "),
         (["--shape", "llama-1b", "--verify", "2"], "expected a share above 0, at most 1, got 2"),
         (["--shape", "llama-1b", "--prompt-file", "here/config.json", "--prompt-tokens", "5"], "does not go"),
         (["--shape", "llama-1b", "--tensor-parallel", "2", "--processes", "one"], "takes more processes"),

@@ -376,6 +376,11 @@ def serve_lines(result: dict) -> list[str]:
             for reason, count in worker["passed_through"].items():
                 amount = f"{count['descriptors']} descriptors, {count['bytes'] / 1e6:.1f} MB"
                 lines.append(f"{name}, worker {i}, passed through: {amount}: {reason}")
+        if held := variant.get("host_bytes"):  # of one process; older results have none
+            middle, last = held[len(held) // 2] / 1e9, held[-1] / 1e9
+            lines.append(
+                f"{name}: {middle:.2f} GB of host memory after half of the rounds, {last:.2f} at the end"
+            )
     return [*lines, *result["notes"], *(f"PROBLEM: {problem}" for problem in result["problems"])]
 
 

@@ -233,7 +233,7 @@ def result_of(case: Case, variants: dict[str, dict]) -> dict:
     for name, variant in variants.items():
         if case.beside and name != "recompute" and not restores_beside(variant):
             problems.append(f"{name}: the prompts that decoding ran beside were computed, not restored")
-    kept = ("transfers", "stats", "beside", "vllm", "start_s")
+    kept = ("transfers", "stats", "beside", "vllm", "start_s", "host_bytes")
     result = {
         "case": described(case), "rows": rows,
         "agreement": [
@@ -456,7 +456,7 @@ def main(arguments: str, result: str) -> None:
             logprobs=FIRST_LOGPROBS if case.logprobs else None,
         ) for n in case.new_tokens
     }  # fmt: skip
-    rounds, restored, most, beside = [], {}, max(case.new_tokens), None
+    rounds, restored, most, beside, held = [], {}, max(case.new_tokens), None, []
     warm = [7] * min(WARM_TOKENS, case.gpu_tokens // 16)  # kernels are loaded before anything is timed
     llm.generate([{"prompt_token_ids": warm}], params[most], use_tqdm=False)
     transfers.clear()
@@ -469,6 +469,7 @@ def main(arguments: str, result: str) -> None:
                 one, outputs = _round(llm, params[new_tokens], group[number], in_flight, what, number)
             one["transfers"] = transfers[begin:] if timed else None
             one["host_s"] = dict(spent.seconds - before) if timed else None
+            held.append(machine.resident())
             rounds.append(one | {"prompt_tokens": label, "new_tokens": new_tokens})
             return outputs
 
@@ -495,6 +496,7 @@ def main(arguments: str, result: str) -> None:
         json.dumps({
             "rounds": rounds, "restored": restored, "transfers": speeds(transfers), "stats": written,
             "beside": beside, "vllm": __version__, "start_s": start_s,
+            "host_bytes": held if timed else None,
         }),
         encoding="utf-8",
     )  # fmt: skip

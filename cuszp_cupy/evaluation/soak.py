@@ -10,7 +10,7 @@ import numpy as np
 from .. import reference
 from ..codec import pinned
 from ..pipeline import HostRows, SwapPipeline
-from . import swap
+from . import machine, swap
 
 PAGE_KIB, NUM_SLOTS, PAGES_PER_ROW = 16, 4096, 8
 ARENA_SHARE = 0.4  # of the raw size of all slots: too little, so that old pages must go
@@ -176,8 +176,6 @@ def memory(sides) -> dict[str, int]:
     import cupy
 
     free, total = cupy.cuda.runtime.memGetInfo()
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        resident = next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS"))
     arguments = sum(pipeline.memory()["argument_bytes"] for pipeline, _ in sides)
     pool = cupy.get_default_memory_pool().total_bytes()
-    return {"device": total - free, "pool": pool, "arguments": arguments, "host": resident}
+    return {"device": total - free, "pool": pool, "arguments": arguments, "host": machine.resident()}
