@@ -424,8 +424,8 @@ def _bind(connector, kinds) -> None:
                 )  # fmt: skip
             except MemoryError as error:
                 raise MemoryError(
-                    f"{error}; in vLLM that is CUSZP_RING_MB={settings.ring_mb}, and what "
-                    "gpu_memory_utilization leaves: lower one of them"
+                    f"{error} (ring_bytes are those of CUSZP_RING_MB={settings.ring_mb}; the device has what "
+                    "vLLM's gpu_memory_utilization leaves)"
                 ) from None
             run.warm()
             if settings.verify:

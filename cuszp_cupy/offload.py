@@ -161,8 +161,9 @@ def configure(**settings) -> Settings:
         verify: keep a raw copy beside each page and check each loaded one against it; waits at each transfer
             and takes as much memory as vLLM's CPU cache: for tests. True, or the share of pages that are also
             compared with what the reference makes of them.
-        ring_mb: device memory of a worker for tiles, in MiB; outside vLLM's budget. A quarter of it is stored
-            whenever one of a prefill's kernels ends: with 256, stores were half as fast.
+        ring_mb: device memory of a worker for tiles, in MiB, at most; outside vLLM's budget; pipelines share it.
+            Whenever one of a prefill's kernels ends, a tile is encoded, a quarter of it and 256 MiB at most (of
+            ``entropy`` an eighth, 32 MiB): less makes stores slower.
         stats_dir: a folder where each worker writes its ``stats``, as ``cuszp-PID.json``, once a second.
 
     Raises:
@@ -722,20 +723,22 @@ def fetch(addresses: np.ndarray, out: np.ndarray) -> None:
     """Copy pages at device ``addresses``, AT_ONCE at most, to the rows of ``out``. Waits."""
     from cupy.cuda import runtime
 
-    (num, _), nbytes = out.shape, out.strides[0]
+    nbytes = out.strides[0]
     memory, stream = _landing(nbytes)
-    copies = memory.ctypes.data + np.arange(num) * nbytes, addresses.astype(np.int64), np.full(num, nbytes)
+    rows = memory[: len(out)]
+    places = rows.ctypes.data + np.arange(len(rows)) * nbytes
+    copies = places, addresses.astype(np.int64), np.full(len(out), nbytes)
     raw_copy.copies(*copies, copy_runs(*copies), runtime.memcpyDeviceToHost, stream.ptr)
     stream.synchronize()
-    out[:] = memory[: out.nbytes].view(out.dtype).reshape(out.shape)
+    out[:] = rows.view(out.dtype)
 
 
 @functools.cache
 def _landing(page_bytes: int):
-    """Return pinned memory for AT_ONCE pages, and a stream."""
+    """Return pinned memory for AT_ONCE pages, a row each, and a stream."""
     import cupy
 
-    return pinned(AT_ONCE * page_bytes), cupy.cuda.Stream(non_blocking=True)
+    return pinned(AT_ONCE * page_bytes).reshape(AT_ONCE, page_bytes), cupy.cuda.Stream(non_blocking=True)
 
 
 def error_over_eb(stored: np.ndarray, loaded: np.ndarray, kind: Kind, bound) -> np.ndarray:

@@ -56,6 +56,11 @@ def title(machine: dict) -> str:
     return f"cuszp_cupy {versions['cuszp_cupy']} · {where}, Python {machine['python']}"
 
 
+def resident() -> int:
+    """Return the bytes of host memory that this process has in use (Linux)."""
+    return int(_first_value("/proc/self/status", "VmRSS").split()[0]) << 10
+
+
 def _gpu() -> dict:
     import cupy
 
@@ -123,9 +128,3 @@ def _git_commit() -> str | None:
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def resident() -> int:
-    """Return the bytes of host memory that this process has in use (Linux)."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS"))
