@@ -162,8 +162,8 @@ def configure(**settings) -> Settings:
             and takes as much memory as vLLM's CPU cache: for tests. True, or the share of pages that are also
             compared with what the reference makes of them.
         ring_mb: device memory of a worker for tiles, in MiB, at most; outside vLLM's budget; pipelines share it.
-            Whenever one of a prefill's kernels ends, a tile is encoded, a quarter of it and 256 MiB at most (of
-            ``entropy`` an eighth, 32 MiB): less makes stores slower.
+            Whenever one of a prefill's kernels ends, a tile is encoded: of 256 MiB, less where this is under 640
+            (of ``entropy`` 32 MiB, an eighth of this at most): less makes stores slower.
         stats_dir: a folder where each worker writes its ``stats``, as ``cuszp-PID.json``, once a second.
 
     Raises:
@@ -335,7 +335,7 @@ class Run:
         if not fit:
             raise ValueError(
                 f"rows of {self.row_pages} pages of {self.page_bytes} bytes, {self.stride} bytes apart, and "
-                f"tiles of {room} pages (a ring of {ring_bytes} bytes; {TILES[coding][1]} a tile at most)"
+                f"tiles of {room} pages (a ring of {ring_bytes} bytes; {TILES[coding][2]} a tile at most)"
             )
         self.pages_per_row = max(fit)
         self.whole_rows = self.pages_per_row == self.row_pages

@@ -35,10 +35,14 @@ from .tables import BUILT_IN, Tables
 from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
 
 TRANSPORTS = ("auto", "staged", "fused", "raw")
-#: coding -> tiles of each direction in the ring, and raw bytes of a tile at most. Large ones cost the host less,
-#: and beside kernels that fill the GPU it is one tile that is coded whenever one of those ends. Small ones of
-#: coding ``entropy``, whose kernels take longer, leave others more of the GPU.
-TILES = {"raw": (2, 256 << 20), "fixed": (2, 256 << 20), "entropy": (4, 32 << 20)}
+#: coding -> tiles of each direction in the ring at least, and raw bytes of a store's and of a load's at most.
+#: Large ones cost the host less. Beside kernels that fill the GPU, one tile is coded whenever one of those ends;
+#: stores come beside prefills: they have what loads leave of the ring. Small ones of coding ``entropy``, whose
+#: kernels take longer, leave others more of the GPU.
+TILES = {
+    "raw": (2, 256 << 20, 64 << 20), "fixed": (2, 256 << 20, 64 << 20), "entropy": (4, 32 << 20, 32 << 20)
+}  # fmt: skip
+STORE_TILES = 4  # at most
 SCRATCH_BYTES = 98 << 20, 32 << 20, 32 << 20, 32 << 20  # of coding ``entropy``, for the lanes; a tile of stores
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCKS, BLOCK_PAGES = 4, 1 << 15  # calls, and pages of a call, that arguments are preallocated for
@@ -60,8 +64,8 @@ class SwapPipeline:
         host: ``HostRows``, or None for an arena.
         arena_bytes: pinned bytes of the arena; by default enough for pages that do not shrink. A store takes
             the raw size of its pages until it has finished.
-        ring_bytes: device memory at most, half each way; less where the slots need less. Coding ``entropy`` takes
-            up to 200 MiB more, to work in.
+        ring_bytes: device memory at most; less where the slots need less. Loads have 128 MiB of it at most,
+            and no more than half. Coding ``entropy`` takes up to 200 MiB more, to work in.
         fused_blocks: thread blocks of the fused kernels; by default as many as have 8192 threads (16 for pages
             of 64 KiB).    burst_blocks: of the staged ones (None: a page each).
         quantile: staged stores copy as much of each region (tile or row) as this part of them took of late; a
@@ -135,25 +139,27 @@ class SwapPipeline:
             return
 
         pages_per_row = host.pages_per_row if host else 1
-        num_buffers = TILES[coding][0]
-        tile_bytes = min(tile_limit(ring_bytes, coding), self.num_slots * self._slot_bytes)
-        self._tile_pages = tile_bytes // self._slot_bytes
+        num_loads, most_stored, most_loaded = TILES[coding]
+        self._tile_pages = min(self.num_slots, tile_limit(ring_bytes, coding) // self._slot_bytes)
         if self._tile_pages < pages_per_row:
             row_bytes, what = pages_per_row * self._slot_bytes, "row" if host else "page"
-            if row_bytes > TILES[coding][1]:
+            if row_bytes > most_loaded:
                 raise ValueError(
-                    f"pages_per_row: expected rows of {TILES[coding][1]} bytes at most, which is what tiles of "
+                    f"pages_per_row: expected rows of {most_loaded} bytes at most, which is what tiles of "
                     f"coding {coding!r} may have, got {row_bytes}"
                 )
             raise ValueError(
-                f"ring_bytes: expected {2 * num_buffers} x {row_bytes} bytes or more, for tiles of one {what}, "
+                f"ring_bytes: expected {2 * num_loads} x {row_bytes} bytes or more, for tiles of one {what}, "
                 f"got {ring_bytes}"
             )
         self._tile_bytes = self._tile_pages * self._slot_bytes
+        left = ring_bytes - num_loads * self._tile_bytes
+        num_stores = min(STORE_TILES, max(num_loads, left // most_stored))
+        self._store_pages = min(self.num_slots, min(most_stored, left // num_stores) // self._slot_bytes)
         if host is None:
             if arena_bytes is None:
                 arena_bytes = (
-                    self.num_slots + min(self.num_slots, num_buffers * self._tile_pages)
+                    self.num_slots + min(self.num_slots, num_stores * self._store_pages)
                 ) * self._slot_bytes
             if arena_bytes < self._slot_bytes:
                 raise ValueError(
@@ -174,19 +180,19 @@ class SwapPipeline:
         )
 
         # a page more, as above
-        self._ring_bytes = 2 * num_buffers * self._tile_bytes
+        sizes = self._store_pages * self._slot_bytes, self._tile_bytes
+        counts = num_stores, num_loads, 0, 0
+        self._ring_bytes = sizes[0] * num_stores + sizes[1] * num_loads
         self._ring = self._allocate(self._ring_bytes + self._slot_bytes)
-        self._lanes = {}
+        self._lanes, address = {}, self._ring.ptr
         for i, name in enumerate(("store", "load", "fused store", "fused load")):
             streams = [cupy.cuda.Stream(non_blocking=True, priority=priority) for _ in range(2 if i < 2 else 1)]
-            addresses = [
-                self._ring.ptr + (num_buffers * i + j) * self._tile_bytes
-                for j in range(num_buffers if i < 2 else 0)
-            ]
-            buffers = [Buffer(address, self._event(), self._event()) for address in addresses]
+            tile_bytes = sizes[i % 2]
+            buffers = [Buffer(address + j * tile_bytes, self._event(), self._event()) for j in range(counts[i])]
+            address += counts[i] * tile_bytes
             self._lanes[name] = Lane(
                 streams, i % 2, buffers, self._event(), np.zeros(self.table.num_units, np.int64),
-                self._codec.new_scratch(self._tile_pages, SCRATCH_BYTES[i]),
+                self._codec.new_scratch(tile_bytes // self._slot_bytes, SCRATCH_BYTES[i]),
             )  # fmt: skip
 
         self._blocks = []  # free argument blocks
@@ -436,7 +442,7 @@ class SwapPipeline:
         if fused:
             bounds, works, widths = [0, len(hosts)], hosts + self._shift, sizes
         else:
-            bounds = tiles(first, self._tile_pages)
+            bounds = tiles(first, self._store_pages)
             buffers = [lane.next_buffer() for _ in bounds[1:]]
             tile = np.repeat(np.arange(len(buffers)), np.diff(bounds))
             works = np.array([buffer.address for buffer in buffers])[tile]
@@ -834,8 +840,8 @@ class SwapPipeline:
 
 
 def tile_limit(ring_bytes: int, coding: str) -> int:
-    """Return the raw bytes of a tile at most."""
-    buffers, most = TILES[coding]
+    """Return the raw bytes at most of what a tile of either direction takes."""
+    buffers, _, most = TILES[coding]
     return min(most, ring_bytes // (2 * buffers))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import threading
 import time
 
@@ -429,6 +430,26 @@ def tiles_of(swap, monkeypatch):
 
     monkeypatch.setattr(swap, "_plan_tiles", spy)
     return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("host", ["arena", "rows"])
+def test_stores_have_what_loads_leave_of_the_ring(host, monkeypatch):
+    page = GEOMETRY.nbytes
+    monkeypatch.setitem(pipeline.TILES, "fixed", (2, 8 * page, 4 * page))
+    for ring, (num, tile) in {16: (2, 4), 23: (2, 7), 29: (2, 8), 32: (3, 8), 40: (4, 8), 99: (4, 8)}.items():
+        with make_pipeline(host, ring_bytes=ring * page) as swap:
+            stores, loads = (swap._lanes[name].buffers for name in ("store", "load"))
+            assert (len(stores), swap._store_pages, len(loads), swap._tile_pages) == (num, tile, 2, 4)
+            places = [(b.address, tile * page) for b in stores] + [(b.address, 4 * page) for b in loads]
+            assert all(place + size <= other for (place, size), (other, _) in itertools.pairwise(places))
+            assert swap.memory()["ring_bytes"] == (num * tile + 8) * page <= ring * page
+            pages, slots = make_pages(48), np.arange(48)
+            for _ in range(2):
+                swap.store(on_device(pages), slots).wait()
+                out = empty_pages(48)
+                swap.load(slots, out).wait()
+                assert_same_bits(out.get(), through_reference(pages))
 
 
 @pytest.mark.gpu
