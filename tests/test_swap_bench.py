@@ -1,6 +1,8 @@
 """bench.py swap: its arithmetic and tables, what it says without a GPU; on a GPU the whole of it, once."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -135,6 +137,15 @@ def test_library_is_noted_with_version_and_path(monkeypatch):
     assert notes == ["another", "libcuSZp 3.0.0: /some/libcuSZp.so"]
 
 
+def test_missing_nvcomp_is_noted_once_with_what_to_do(monkeypatch):
+    monkeypatch.delitem(sys.modules, "nvidia.nvcomp", raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
+    notes = []
+    assert speed.find_nvcomp(notes) is speed.find_nvcomp(notes) is None
+    (note,) = notes
+    assert note.startswith("nvCOMP is left out ") and "install nvidia-nvcomp-cu13" in note
+
+
 # --- what is shown ----------------------------------------------------------------------------------------
 def text(table) -> str:
     from rich.console import Console
@@ -258,6 +269,12 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, capsys):
             assert 0 < baseline["gbps"] < by["arena", way, "staged"]["gbps"]
     else:
         assert any("libcuSZp is left out" in note for note in result["notes"])
+    if speed.find_nvcomp([]):
+        for way in ("D2H", "H2D"):
+            peer = by["arena", way, "nvCOMP ANS"]
+            assert 1.2 < peer["ratio"] < 2 and 0 < peer["gbps"] < by["arena", way, "staged"]["gbps"]
+    else:
+        assert any("nvCOMP is left out" in note for note in result["notes"])
     beside = {None, "raw DMA", "raw copy kernel", "staged", tax.EQUAL, "fused"}
     assert {row["swap"] for row in result["tax"]} == beside
     assert len(result["ablation"]) == 4 and len(result["descriptors"]) == 2

@@ -21,6 +21,7 @@ BATCH_BYTES = 256 << 20  # several times the L2 cache of any GPU, so one set of 
 SMALL_BYTES = 1 << 20
 NUM_CHECKED = 4  # pages whose bytes are compared with the reference's
 DEVICE_TO_HOST, HOST_TO_DEVICE, DEVICE_TO_DEVICE = 2, 1, 3  # cudaMemcpyKind
+NVCOMP = {"algorithm": "ANS", "data_type": "<f2", "uncomp_chunk_size": 256 << 10}  # lossless, for 16-bit floats
 
 
 def gpu_rows(quick: bool = False, step=lambda text: None) -> dict:
@@ -185,22 +186,16 @@ def check_batch(batch: Batch, y, what: str, bound: str) -> float:
 
 
 def nvcomp_rows(pages: PageSet, seconds: float, notes: list[str], nbytes: int = BATCH_BYTES) -> list[dict]:
-    """Return the row of nvCOMP's ANS: lossless, 16-bit float data type, 256 KiB chunks, whole calls.
-
-    Without nvCOMP: no row, and a line in ``notes``.
-    """
+    """Return the row of nvCOMP's ANS: whole calls; without nvCOMP none, and a line in ``notes``."""
     import cupy
 
-    try:
-        from nvidia import nvcomp
-    except ImportError as error:
-        notes.append(f"nvCOMP is left out ({error}): to compare, install nvidia-nvcomp-cu13 (or -cu12)")
+    nvcomp = find_nvcomp(notes)
+    if not nvcomp:
         return []
     x = data.tiled(pages.pages, nbytes, xp=cupy).view(cupy.uint8).reshape(-1)
     y = cupy.empty_like(x)
     cupy.cuda.Device().synchronize()  # nvCOMP works on a stream of its own
-    ans = nvcomp.Codec(algorithm="ANS", data_type="<f2", uncomp_chunk_size=256 << 10)
-    array = nvcomp.as_array(x)
+    ans, array = nvcomp.Codec(**NVCOMP), nvcomp.as_array(x)
     encoded = ans.encode(array)
     decoded = cupy.asarray(ans.decode(encoded)).view(cupy.uint8).reshape(-1)
     if not bool((decoded == x).all()):
@@ -358,6 +353,18 @@ def find_library(notes: list[str]) -> bool:
     if note not in notes:
         notes.append(note)
     return found is not None
+
+
+def find_nvcomp(notes: list[str]):
+    """Return the module of nvCOMP, or None; a line in ``notes`` says then how to have it."""
+    try:
+        from nvidia import nvcomp
+    except ImportError as error:
+        note = f"nvCOMP is left out ({error}): to compare, install nvidia-nvcomp-cu13 (or -cu12)"
+        if note not in notes:
+            notes.append(note)
+        return None
+    return nvcomp
 
 
 def _address(array, i: int) -> int:

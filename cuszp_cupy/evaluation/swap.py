@@ -21,7 +21,7 @@ from ..pipeline import HostRows, SwapPipeline
 from ..raw import copy as raw_copy
 from . import data, timing
 from .codec import RMS_TOLERANCE, PageSet, check_within, page_error_over_eb
-from .speed import DEVICE_TO_HOST, HOST_TO_DEVICE, find_library
+from .speed import DEVICE_TO_HOST, HOST_TO_DEVICE, NVCOMP, find_library, find_nvcomp
 
 BATCH_BYTES = 256 << 20
 NUM_BATCHES = 5  # of a run: the first one fills the pipeline, the others are timed
@@ -73,7 +73,8 @@ def gpu_rows(quick: bool, bound: str, coding: str, seconds: float, step=lambda t
                 step(f"{pages.name}: one direction only")
                 result["ablation"] = ablation_rows(case, seconds)
                 result["tax"] = tax.tax_rows(case, seconds, result["notes"], step)
-                step(f"{pages.name}: libcuSZp")  # last: it keeps device memory for good
+                step(f"{pages.name}: nvCOMP, libcuSZp")  # last: they keep device memory for good
+                rows += nvcomp_rows(case, seconds, result["notes"])
                 rows += library_rows(case, seconds, result["notes"])
             result["rows"] += sorted(rows, key=lambda row: list(DIRECTIONS).index(row["direction"]))
             case.swap.close()
@@ -407,6 +408,56 @@ def library_rows(case: Case, seconds: float, notes: list[str]) -> list[dict]:
         }  # fmt: skip
         rows.append(dict.fromkeys(ROW) | values)
     return rows
+
+
+def nvcomp_rows(case: Case, seconds: float, notes: list[str]) -> list[dict]:
+    """Verify and time nvCOMP's ANS and a copy of its bytes; return a row each way, by the wall clock of calls.
+
+    Without nvCOMP: no rows, and a line in ``notes``.
+    """
+    import cupy
+
+    nvcomp = find_nvcomp(notes)
+    if not nvcomp:
+        return []
+    notes.append(
+        "nvCOMP in the swap table: ANS, lossless, of a whole batch as one array; coding and copy one after the "
+        "other (wall clock), so that ratio x link is what overlapping them would give at most"
+    )
+    x = case.x.view(cupy.uint8).reshape(-1)[:BATCH_BYTES]
+    cupy.cuda.Device().synchronize()  # nvCOMP works on a stream of its own
+    ans, array = nvcomp.Codec(**NVCOMP), nvcomp.as_array(x)
+    back = cupy.asarray(ans.encode(array)).view(cupy.uint8).reshape(-1).copy()  # on the device, from the host
+    host, stream = pinned(back.nbytes), cupy.cuda.Stream(non_blocking=True)
+
+    def copy(target: int, source: int, kind: int) -> None:
+        cupy.cuda.runtime.memcpyAsync(target, source, back.nbytes, kind, stream.ptr)
+        stream.synchronize()
+
+    def store() -> None:
+        encoded = cupy.asarray(ans.encode(array))
+        cupy.cuda.Device().synchronize()
+        copy(host.ctypes.data, encoded.data.ptr, DEVICE_TO_HOST)
+
+    def load():
+        copy(back.data.ptr, host.ctypes.data, HOST_TO_DEVICE)
+        return ans.decode(nvcomp.as_array(back))
+
+    store()
+    back.fill(0)
+    if not bool((cupy.asarray(load()).view(cupy.uint8).reshape(-1) == x).all()):
+        raise AssertionError(f"{case.pages.name}: nvCOMP ANS did not bring the bytes back")
+    times = timing.interleaved({"D2H": timing.wall(store), "H2D": timing.wall(load)}, seconds)
+    return [
+        dict.fromkeys(ROW)
+        | {
+            "page_kib": case.pages.geometry.nbytes >> 10, "slots": case.kind, "direction": direction,
+            "transport": "nvCOMP ANS", "used": "nvCOMP", "gbps": x.nbytes / timed.ms / 1e6,
+            "spread_percent": timed.spread_percent, "link_gbps": back.nbytes / timed.ms / 1e6,
+            "ratio": x.nbytes / back.nbytes, "host_bytes": back.nbytes, "host_ms": timed.ms, "mispredicted": 0,
+        }
+        for direction, timed in times.items()
+    ]  # fmt: skip
 
 
 def add_shares(rows: list[dict]) -> None:
