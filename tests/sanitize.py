@@ -1,8 +1,9 @@
 """compute-sanitizer over the GPU tests, at small sizes: four tools, a process a tool and file. Needs a GPU.
 
 ``python -m tests.sanitize [--jobs N] [--tools ...] [--files ...]`` prints a line each; exit status 1 if a tool
-reports anything in a kernel or a test fails. What initcheck says of copies is counted apart: a tile of the ring
-is copied with the gaps between its payloads, which nobody wrote and nobody reads.
+reports anything in a kernel or a test fails. Counted apart: what initcheck says of copies (a tile of the ring is
+copied with the gaps between its payloads, which nobody wrote and nobody reads), and memory that a test asks too
+much of.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,12 +51,16 @@ def verdict(tool: str, text: str) -> tuple[bool, str]:
     """Return whether all is clean, and what there was, from what a process printed."""
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", text)
     copies = len(re.findall(r"Uninitialized access to \S+ on access by cu\w+ source", text))
+    refused = len(re.findall(r"Program hit cudaErrorMemoryAllocation", text))
     said = re.findall(r"^\d+ (?:passed|failed|error).* in [\d.]+s.*$", text, re.MULTILINE)
     if not summary or not said:
         return False, f"ended early: {text[-300:]}"
-    errors, passed = int(summary[0]) - copies, not re.search("failed|error", said[-1])
-    also = f", {copies} in copies" if copies else ""
-    return passed and errors == 0 and (tool == "initcheck" or not copies), f"{errors} errors{also}; {said[-1]}"
+    errors, passed = int(summary[0]) - copies - refused, not re.search("failed|error", said[-1])
+    also = f", {copies} in copies" * (copies > 0) + f", {refused} of memory refused" * (refused > 0)
+    places = re.findall(r"^=+ +(\w.*)\n=+ +at (\w+).* in (\S+:\d+)$", text, re.MULTILINE)
+    found = "".join(f"\n  {number} x {' at '.join(place)}" for place, number in Counter(places).items())
+    clean = passed and errors == 0 and (tool == "initcheck" or not copies)
+    return clean, f"{errors} errors{also}; {said[-1]}{found}"
 
 
 def main(arguments: list[str] | None = None) -> int:
