@@ -252,11 +252,12 @@ WORKER = """
 import sys
 sys.path.insert(0, "tests")
 from test_pipeline import make_pages, make_pipeline, on_device
-swap, pages = make_pipeline(num_slots=48), on_device(make_pages(24))
+swap, pages = make_pipeline(num_slots=48, arena_bytes=1 << 20), on_device(make_pages(24))
 while True:
-    swap.store(pages, range(24))
-    swap.store(pages, range(24, 48), transport="fused")
+    stores = swap.store(pages, range(24)), swap.store(pages, range(24, 48), transport="fused")
     print("stored", flush=True)
+    for store in stores:
+        store.wait()
 """
 
 

@@ -250,8 +250,8 @@ def batches(seed: int, count: int):
         for tables in dict.fromkeys(case.tables for case in cases):
             mine = [case for case in cases if case.tables in (BUILT_IN, tables)]
             share = -(-count // (3 * len(sorts) if geometry.groups < 1024 else 100))
-            for first in range(0, share, 1000):
-                numbers = range(first, min(first + 1000, share))
+            for first in range(0, share, 5000):
+                numbers = range(first, min(first + 5000, share))
                 found = [fuzz.mutated_slot(100 * seed + which, i, mine) for i in numbers]
                 slots = np.stack([np.frombuffer(slot, np.uint8) for _, slot in found])
                 yield np.array([row for row, _ in found], np.uint32), slots, dtype, geometry, tables

@@ -177,6 +177,7 @@ class LLM:
     def generate(self, requests, params, use_tqdm):
         self.core.model_executor.execute_model()
         prompts = [request["prompt_token_ids"] for request in requests]
+        assert max(map(len, prompts)) + params["max_tokens"] <= self.arguments["max_model_len"], "refused"
         return [output([prompt[0] + i * len(prompts) for i in range(params["max_tokens"])]) for prompt in prompts]
 
     def apply_model(self, function):
@@ -251,6 +252,18 @@ def test_decoding_runs_beside_the_longest_prompts_while_the_cpu_has_them(tmp_pat
     serve.main(str(tmp_path / "case.json"), str(tmp_path / "result.json"))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["beside"] == {"prompt": 50, "before": [30, 50]}
+
+
+def test_what_warms_up_is_no_longer_than_short_prompts(tmp_path, monkeypatch):
+    vllm = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options, __version__="0.33.0")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    model = serve.write_shape(tmp_path / "model")
+    case = serve.sized(serve.Case(model, prompt_tokens=((20, 30),), prompts=100, in_flight=(16,), repeats=1))
+    assert case.gpu_tokens // 16 > 30
+    arguments = {"case": serve.asdict(case), "variant": "recompute", "stats_dir": str(tmp_path)}
+    (tmp_path / "case.json").write_text(json.dumps(arguments))
+    serve.main(str(tmp_path / "case.json"), str(tmp_path / "result.json"))
+    assert len(json.loads((tmp_path / "result.json").read_text())["restored"]) >= 100
 
 
 def test_transfers_are_of_the_round_in_which_vllm_notices_them(tmp_path, monkeypatch):

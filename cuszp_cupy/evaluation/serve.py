@@ -457,7 +457,7 @@ def main(arguments: str, result: str) -> None:
         ) for n in case.new_tokens
     }  # fmt: skip
     rounds, restored, most, beside, held = [], {}, max(case.new_tokens), None, []
-    warm = [7] * min(WARM_TOKENS, case.gpu_tokens // 16)  # kernels are loaded before anything is timed
+    warm = [7] * min(WARM_TOKENS, case.gpu_tokens // 16, _longest(sets))  # kernels are loaded before timing
     llm.generate([{"prompt_token_ids": warm}], params[most], use_tqdm=False)
     transfers.clear()
     longest = max(sets.values(), key=_mean)
