@@ -39,31 +39,29 @@ RESULT = r"results/[\w./-]+\.json"
 
 # --- are they in the results? -------------------------------------------------------------------------------
 def records(result, path=(), around=None) -> list[tuple[frozenset, dict, set]]:
-    """Return each dict in ``result``: (texts that say what it is, key -> number, numbers that go with it).
+    """Return each dict in ``result``: (texts that say what it is, key -> number, whole numbers that go with it).
 
     Texts: its own, those of dicts around it, and the keys on the way to it. Numbers that go with it: all of the
     nearest member of a list that it is or is part of. A list of numbers is a dict with places for keys.
     """
     if isinstance(result, list):
         members = [value for value in result if isinstance(value, dict | list)]
-        found = [one for value in members for one in records(value, path, set(all_numbers(value)))]
+        found = [one for value in members for one in records(value, path, whole_numbers(value))]
         own = {f"[{i}]": value for i, value in enumerate(result) if is_number(value)}
-        return found + ([(frozenset(path), own, around or set(own.values()))] if own else [])
+        return found + ([(frozenset(path), own, around or whole_numbers(own))] if own else [])
     own = {key: value for key, value in result.items() if is_number(value)}
     path = (*path, *(value for value in result.values() if isinstance(value, str) and value))
-    found = [(frozenset(path), own, around or set(own.values()))]
+    found = [(frozenset(path), own, around or whole_numbers(own))]
     for key, value in result.items():
         if isinstance(value, dict | list) and key != "machine":  # whose versions look like figures
             found += records(value, (*path, key), around)
     return found
 
 
-def all_numbers(value):
+def whole_numbers(value) -> set[int]:
     if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from all_numbers(one)
-    elif is_number(value):
-        yield value
+        return set().union(*map(whole_numbers, value.values() if isinstance(value, dict) else value))
+    return {value} if isinstance(value, int) and not isinstance(value, bool) else set()
 
 
 def is_number(value) -> bool:

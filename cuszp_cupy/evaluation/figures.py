@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cuszp_cupy.evaluation import serve
-from cuszp_cupy.evaluation.report import draw_timeline, pyplot
+from cuszp_cupy.evaluation.report import draw_timeline, pyplot, variant_colours
 
 DPI = 120
 WAYS = {"D2H": "to the host", "H2D": "from the host"}
@@ -15,7 +15,6 @@ PAGE_CURVES = {
     ("raw copy", "scattered"): ("dimgrey", "^--", "raw, one batched call"),
     ("one call a page", "scattered"): ("dimgrey", "v:", "raw, one call a page"),
 }
-VARIANT_COLOURS = {"recompute": "darkgrey", "raw": "black"}
 
 
 def link_speeds(rows: list[dict], link: list[dict], path) -> None:
@@ -167,16 +166,14 @@ def first_token(rows: list[dict], path) -> None:
     """Draw the distribution of the time to the first token, a panel for each number of requests in flight."""
     plt = pyplot()
     flights = sorted({row["in_flight"] for row in rows})
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
     figure, panels = plt.subplots(
         1, len(flights), figsize=(8, 4), layout="constrained", sharey=True, squeeze=False
     )
     for axes, flight in zip(panels[0], flights, strict=True):
-        for i, variant in enumerate(variants):
+        for variant, colour in variant_colours(rows).items():
             for row in (row for row in rows if (row["variant"], row["in_flight"]) == (variant, flight)):
                 percent, ms = percentiles(row)
-                own = VARIANT_COLOURS.get(variant, f"C{i}")
-                axes.plot(ms, percent, "o-", ms=2.5, color=own, label=variant)
+                axes.plot(ms, percent, "o-", ms=2.5, color=colour, label=variant)
         every = [ms for row in rows if row["in_flight"] == flight for ms in percentiles(row)[1]]
         low, high = 0.8 * min(every), 1.25 * max(every)
         axes.set(xscale="log", xlim=(low, high), xlabel="ms", title=f"{flight} in flight", ylim=(0, 103))

@@ -586,6 +586,18 @@ def plot_accuracy(rows: list[dict], title: str, path: str | Path) -> None:
     plt.close(figure)
 
 
+def variant_colours(rows: list[dict]) -> dict[str, str]:
+    """Return variant -> colour, in the order of ``rows``: the same in each figure.
+
+    >>> variant_colours([{"variant": name} for name in ("recompute", "raw", "rms:0.05", "raw", "rms:0.2")])
+    {'recompute': 'darkgrey', 'raw': 'black', 'rms:0.05': 'C0', 'rms:0.2': 'C1'}
+    """
+    fixed = {"recompute": "darkgrey", "raw": "black"}
+    ours = [name for name in dict.fromkeys(row["variant"] for row in rows) if name not in fixed]
+    colours = fixed | {name: f"C{i}" for i, name in enumerate(ours)}
+    return {name: colours[name] for name in dict.fromkeys(row["variant"] for row in rows)}
+
+
 def plot_serve(result: dict, title: str, path: str | Path) -> None:
     """Draw restored requests/s and their time to the first token, for each length of prompts and answers."""
     plt = pyplot()
@@ -593,24 +605,23 @@ def plot_serve(result: dict, title: str, path: str | Path) -> None:
 
     rows = [row for row in result["rows"] if row["what"] == "restored"]
     lengths = list(dict.fromkeys((row["prompt_tokens"], row["new_tokens"]) for row in rows))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    variants = variant_colours(rows)
     size = (max(7.5, 4.2 * len(lengths)), 7)
     figure, axes = plt.subplots(2, len(lengths), figsize=size, layout="constrained", squeeze=False)
     for (above, below), (prompt, new) in zip(axes.T, lengths, strict=True):
         here = [row for row in rows if (row["prompt_tokens"], row["new_tokens"]) == (prompt, new)]
         flights = sorted({row["in_flight"] for row in here})
-        for i, variant in enumerate(variants):
+        for i, (variant, colour) in enumerate(variants.items()):
             own = {row["in_flight"]: row for row in here if row["variant"] == variant}
-            style = {"color": "black" if variant == "raw" else "grey" if variant == "recompute" else f"C{i}"}
             label = variant if variant in ("raw", "recompute") else f"compressed, {variant}"
             places = [place for place, n in enumerate(flights) if n in own]  # recompute has one pass
             own = [own[flights[place]] for place in places]
-            above.plot(places, [row["requests_per_s"] for row in own], "o-", ms=4, label=label, **style)
+            above.plot(places, [row["requests_per_s"] for row in own], "o-", ms=4, label=label, color=colour)
             median = [row["first_token_ms_p50"] for row in own]
             late = [max(0.0, row["first_token_ms_p90"] - row["first_token_ms_p50"]) for row in own]
             x = [place + 0.1 * (i - len(variants) / 2) for place in places]  # beside each other
             whiskers = [[0.0] * len(late), late]
-            below.errorbar(x, median, yerr=whiskers, fmt="o", ms=5, capsize=3, label=label, **style)
+            below.errorbar(x, median, yerr=whiskers, fmt="o", ms=5, capsize=3, label=label, color=colour)
         for axis in (above, below):
             axis.set_xticks(range(len(flights)), map(str, flights))
             axis.set(xlabel="requests in flight", xlim=(-0.5, len(flights) - 0.5))
