@@ -192,6 +192,7 @@ def select(gpu_worker, page_bytes: int, gpu_to_cpu: bool):
 @pytest.mark.parametrize("first", ["patch", "vllm"])
 def test_the_hook_is_chosen_for_stores_small_and_large_loads_and_restored(vllm, first):
     names = "vllm.v1.kv_offload.cpu.gpu_worker", "vllm.v1.kv_offload.cpu.spec"
+    operator = vllm.ops.swap_blocks_batch
     if first == "vllm":
         before = [importlib.import_module(name) for name in names]
         originals = before[0]._select_swap_blocks_fn, before[1].CPUOffloadingSpec.create_worker
@@ -218,6 +219,7 @@ def test_the_hook_is_chosen_for_stores_small_and_large_loads_and_restored(vllm, 
     assert select(gpu_worker, 65536, True) is vllm.ops.swap_blocks_batch
     vllm_patch.install()
     assert isinstance(select(gpu_worker, 65536, True), offload.Swap)
+    assert vllm.ops.swap_blocks_batch is operator  # which the encoder cache and HiSparse call: they pass by
     vllm_patch.uninstall()
 
 
