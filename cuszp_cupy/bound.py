@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass
 
 KINDS = ("abs", "rel", "rms")
-#: name -> bounds of K and V, by what they were measured to match in results/accuracy-h100.json (SmolLM2-135M,
-#: WikiText-2): a KL divergence no larger than that of a cache in FP8 e4m3, or in NVFP4; about a quarter of FP8's.
-#: Other models may bear less: ``python bench.py accuracy MODEL TEXT``.
+#: name -> bounds of K and V, by what they were measured to match in results/accuracy-h100.json
+#: (SmolLM2-135M-Instruct, WikiText-2): a KL divergence no larger than that of a cache in FP8 e4m3, or in NVFP4;
+#: about a quarter of FP8's. Other models may bear less: ``python bench.py accuracy MODEL TEXT``.
 PRESETS = {"as-fp8": "rms:0.05/rms:0.07", "as-nvfp4": "rms:0.14/rms:0.24", "near-lossless": "rms:0.02/rms:0.02"}
 
 

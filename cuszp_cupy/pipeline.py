@@ -35,10 +35,10 @@ from .tables import BUILT_IN, Tables
 from .transfer import Block, Buffer, Lane, Prepared, Stage, Transfer, stream_pointer
 
 TRANSPORTS = ("auto", "staged", "fused", "raw")
-#: coding -> tiles of each direction in the ring at least, and raw bytes of a store's and of a load's at most.
-#: Large ones cost the host less. Beside kernels that fill the GPU, one tile is coded whenever one of those ends;
-#: stores come beside prefills: they have what loads leave of the ring. Small ones of coding ``entropy``, whose
-#: kernels take longer, leave others more of the GPU.
+#: coding -> tiles of each direction in the ring at least; raw bytes of a store's at most, and ring bytes of a
+#: load's (which in rows may hold as many raw ones as a store's). Large ones cost the host less. Beside kernels
+#: that fill the GPU, one tile is coded whenever one of those ends; stores come beside prefills: they have what
+#: loads leave of the ring. Small ones of coding ``entropy``, whose kernels take longer, leave others more of it.
 TILES = {
     "raw": (2, 256 << 20, 64 << 20), "fixed": (2, 256 << 20, 64 << 20), "entropy": (4, 32 << 20, 32 << 20)
 }  # fmt: skip
@@ -840,7 +840,7 @@ class SwapPipeline:
 
 
 def tile_limit(ring_bytes: int, coding: str) -> int:
-    """Return the raw bytes at most of what a tile of either direction takes."""
+    """Return the ring bytes of a load's tile at most; a store's is no smaller. Rows must fit in."""
     buffers, _, most = TILES[coding]
     return min(most, ring_bytes // (2 * buffers))
 

@@ -241,7 +241,7 @@ def compare(verdicts, pages, status, rows) -> None:
 
 
 def batches(seed: int, count: int):
-    """Yield (rows, slots, dtype, geometry, tables) of ``count`` mutated slots in all."""
+    """Yield (rows, slots, dtype, geometry, tables) of ``count`` mutated slots in all, about."""
     sorts = {}
     for case in fuzz.sources()[0] + fuzz.large_sources():
         header = PageHeader.parse(case.data)
@@ -323,7 +323,7 @@ def test_the_comparison_with_kernels_fails():
 
 @pytest.mark.gpu
 def test_kernels_on_mutated_pages():
-    """10,000 rows and payloads, or CUSZP_FUZZ_CASES: the reference's verdict, and not a byte elsewhere."""
+    """About 10,000 rows and payloads, or CUSZP_FUZZ_CASES: the reference's verdict, and not a byte elsewhere."""
     gpu, seen = OnGpu(), np.zeros(2, int)
     for i, (rows, slots, dtype, geometry, tables) in enumerate(batches(seed=1, count=CASES or 10_000)):
         pages, status = gpu.decode(rows, slots, dtype, geometry, tables, shift=2 * (i % 2))

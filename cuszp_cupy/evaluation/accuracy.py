@@ -79,7 +79,7 @@ def variants(bounds: list[str]) -> list[Variant]:
 
 # --- pages ------------------------------------------------------------------------------------------------
 def to_pages(k, v, xp=np):
-    """Return K and V (batch, heads, tokens, channels) as pages of 16 tokens, as vLLM lays them out.
+    """Return K and V (batch, heads, tokens, channels) as pages of 16 tokens, in one of vLLM's layouts.
 
     Returns:
         (batch * tokens / 16, 16, heads * (K's + V's channels)): ``[tokens][heads][K|V]``. Bits, not values.

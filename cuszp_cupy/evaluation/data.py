@@ -55,7 +55,7 @@ def kv_pages(tokens: int = 16, dtype: str = "bfloat16") -> dict[str, np.ndarray]
 
 
 def packed_pages(heads: int, head_size: int, tokens: int = 16, dtype: str = "bfloat16") -> np.ndarray:
-    """Return pages ``[tokens][heads][K|V]``, as vLLM 0.33 lays them out: (n, tokens, 2 * heads * head_size).
+    """Return pages ``[tokens][heads][K|V]``, one of vLLM 0.33's layouts: (n, tokens, 2 * heads * head_size).
 
     The model has three heads of 64; a page of more or wider ones takes neighbouring windows of the same
     layer (never another layer, whose V has another scale) in place of the heads that are missing.

@@ -13,7 +13,7 @@ from . import CTYPES, launch
 
 #: Warps in a CTA. Large tiles need fewer look-backs, small ones occupy more of the GPU.
 SMALL_TILE, LARGE_TILE = 4, 8
-#: Most values for which small tiles are used: 32 chunks give 512 of them, 4 for each SM of an H100.
+#: Most values for which small tiles are used: 32 chunks give 256 of them, 2 for each SM of an H100.
 MAX_SMALL = 32 * CHUNK
 #: source -> the kernels in it that are launched: T, mode, warps.
 KERNELS = {

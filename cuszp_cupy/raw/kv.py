@@ -1,4 +1,4 @@
-"""Launches of the ``kv`` kernels: device pointers in, one launch a batch, on CuPy's current stream.
+"""Launches of the ``kv`` kernels: device pointers in, few launches a batch, on CuPy's current stream.
 
 No allocation, no host synchronisation, no policy. Arguments are asserted, not diagnosed: callers check.
 """
