@@ -26,6 +26,7 @@ import mmap
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -362,12 +363,16 @@ def _handlers(worker) -> list:
     return [getattr(worker, name) for name in names if hasattr(worker, name)]
 
 
-def _leave_raw(worker, reason: str) -> None:
-    """Say once that this worker's pages stay uncompressed, and why."""
+def _leave_raw(worker, settings: Settings, reason: str) -> None:
+    """Say once that this worker's pages stay uncompressed, and why; count what it moves."""
+    swaps = [getattr(handler, "_swap_blocks_batch", None) for handler in _handlers(worker)]
+    swaps = [swap for swap in swaps if isinstance(swap, Swap)]
+    if any(swap.worker for swap in swaps):
+        return  # registered again
     _log.warning("cuszp_cupy: KV pages stay uncompressed: %s", reason)
-    for handler in _handlers(worker):
-        if isinstance(getattr(handler, "_swap_blocks_batch", None), Swap):
-            handler._swap_blocks_batch.reason = reason
+    if swaps:
+        raw = Counter({reason: 1})
+        _use(worker, swaps, offload.Worker([], settings, lambda: None, raw_tensors=raw, version=_installed or ""))
 
 
 def _why_raw(connector) -> str:
@@ -393,7 +398,7 @@ def _bind(connector, kinds) -> None:
     """After vLLM has registered its KV caches: make the pipelines and let the handlers use them."""
     worker, settings = connector.worker, Settings.read()
     if reason := _why_raw(connector):
-        _leave_raw(worker, reason)
+        _leave_raw(worker, settings, reason)
         return
     handlers = _handlers(worker)
     if any(handler._swap_blocks_batch.worker for handler in handlers):
@@ -401,7 +406,7 @@ def _bind(connector, kinds) -> None:
     tensors = offload.tensors_of(handlers[0], kinds, settings)
     runs, raw = offload.plan(tensors, settings.ring_mb << 20, settings.coding)
     if not runs:
-        _leave_raw(worker, "; ".join(raw))
+        _leave_raw(worker, settings, "; ".join(raw))
         return
     import torch
 
@@ -438,9 +443,15 @@ def _bind(connector, kinds) -> None:
         "".join(f"; {number} tensors left raw: {reason}" for reason, number in raw.items()),
     )  # fmt: skip
     for handler in handlers:
-        swap = handler._swap_blocks_batch
-        swap.worker, swap.urgent = ours, handler is getattr(worker, "_expedited_load_handler", None)
-        ours.swaps.append(swap)
+        handler._swap_blocks_batch.urgent = handler is getattr(worker, "_expedited_load_handler", None)
+    _use(worker, [handler._swap_blocks_batch for handler in handlers], ours)
+
+
+def _use(worker, swaps: list[Swap], ours: offload.Worker) -> None:
+    """Let ours do what vLLM's worker calls ``swaps`` for, until that one shuts down."""
+    for swap in swaps:
+        swap.worker = ours
+    ours.swaps.extend(swaps)
     _workers.append(ours)
     _watch(worker, ours)
 

@@ -497,7 +497,6 @@ class Swap:
     def __init__(self, original, to_cpu: bool):
         self.original, self.to_cpu, self.urgent = original, to_cpu, False
         self.worker: Worker | None = None
-        self.reason = "KV caches not registered"
 
     def __call__(self, src_ptrs, dst_ptrs, sizes, is_src_access_order_any=False) -> None:
         if self.worker is None:
@@ -570,15 +569,14 @@ class Worker:
         return np.zeros_like(whole)
 
     def _start(self, swap: Swap, run: Run, slots, pages, stream):
-        transport = None
         if swap.to_cpu:
             run.state[slots] = HELD  # even if this fails: what vLLM had stored there may be overwritten in part
             try:
-                return run.pipeline.store(pages, slots, stream, transport=transport, join=False)
+                return run.pipeline.store(pages, slots, stream, join=False)
             except MemoryError:  # vLLM's function needs none
                 return None
-        if swap.urgent and self.settings.transport in ("auto", "staged"):
-            transport = "fused"  # has streams of its own, behind no bulk of loads
+        urgent = swap.urgent and self.settings.transport in ("auto", "staged")
+        transport = "fused" if urgent else None  # has streams of its own, behind no bulk of loads
         transfer = run.pipeline.load(slots, pages, stream, transport=transport, join=False)
         self._loads.append((run, transfer))
         return transfer

@@ -477,12 +477,18 @@ def test_what_cannot_be_compressed_stays_raw_and_is_said_once(vllm, monkeypatch,
         engine = Engine(vllm, monkeypatch, spec=spec, specs=specs)
     (record,) = (r for r in caplog.records if "stay uncompressed" in r.getMessage())
     assert record.levelno == logging.WARNING and reason in record.getMessage()
-    assert not engine.pipelines and vllm_patch.stats() == []
+    assert not engine.pipelines
     before = engine.gpu.copy()
     engine.swap("store", [1, 2], [3])
     engine.gpu[:] = 0
     engine.swap("load", [6, 7], [3])
     np.testing.assert_array_equal(engine.gpu[:, 6:8], before[:, 1:3])
+    (counted,) = vllm_patch.stats()
+    ((why, moved),) = counted["passed_through"].items()
+    assert reason in why and not counted["pipelines"]
+    assert moved["bytes"] == 2 * 2 * before[:, 0].nbytes and moved["descriptors"] > 0
+    engine.worker.shutdown()
+    assert vllm_patch.stats() == []
 
 
 def test_a_damaged_page_is_never_reported_as_loaded(vllm, monkeypatch):
