@@ -102,7 +102,8 @@ def expected_us(pipeline, direction: str, num_pages: int) -> dict[str, float]:
     times = {}
     if direction == "store":  # a load takes what was stored
         times["raw"] = 2 * launch + max(nbytes / link, copies)
-    first = min(nbytes, pipeline._tile_bytes) / burst
+    tile_pages = pipeline._store_pages if direction == "store" else pipeline._tile_pages
+    first = min(nbytes, tile_pages * pipeline._slot_bytes) / burst
     times["staged"] = 4 * launch + first + max(nbytes / min(ratio * link, burst), copies)
     times["fused"] = 2 * launch + nbytes / min(ratio * link, fused)
     return times
@@ -117,8 +118,8 @@ def fastest(pipeline, direction: str, num_pages: int) -> str:
 def explain(pipeline) -> str:
     """Return what was measured, what is picked for batches of which size, and why, as text."""
     head = (
-        f"pages of {pipeline.page_bytes} bytes, tiles of {pipeline._tile_pages} pages, "
-        f"transport {pipeline.transport}"
+        f"pages of {pipeline.page_bytes} bytes, tiles of {pipeline._store_pages} pages to the host and "
+        f"{pipeline._tile_pages} from it, transport {pipeline.transport}"
     )
     s = pipeline.speed
     if not s:

@@ -14,7 +14,8 @@ SPEED = {
 
 def pipeline(slot_bytes=64 << 10, seen=0, **speed):
     stats = SimpleNamespace(store=SimpleNamespace(ratio=4.0, payload_bytes=seen))
-    return SimpleNamespace(speed=SPEED | speed, stats=stats, _slot_bytes=slot_bytes, _tile_bytes=32 << 20)
+    tiles = {"_store_pages": (32 << 20) // slot_bytes, "_tile_pages": (8 << 20) // slot_bytes}
+    return SimpleNamespace(speed=SPEED | speed, stats=stats, _slot_bytes=slot_bytes, **tiles)
 
 
 def test_a_large_batch_goes_staged_at_ratio_times_link_and_a_page_alone_fused():
@@ -22,6 +23,8 @@ def test_a_large_batch_goes_staged_at_ratio_times_link_and_a_page_alone_fused():
     times = auto.expected_us(pipeline(), "store", 4096)
     assert times["staged"] == pytest.approx(40 + (32 << 20) / 1e6 + nbytes / (2.5 * 55e3))
     assert times["raw"] == pytest.approx(20 + nbytes / 55e3)
+    loaded = auto.expected_us(pipeline(), "load", 4096)["staged"]
+    assert loaded == pytest.approx(40 + (8 << 20) / 1e6 + nbytes / (2.5 * 50e3))
     assert auto.fastest(pipeline(), "store", 4096) == auto.fastest(pipeline(), "load", 4096) == "staged"
     assert auto.fastest(pipeline(), "load", 1) == "fused"
 
