@@ -356,7 +356,9 @@ class SwapPipeline:
             self.close()
 
     def memory(self) -> dict[str, int | float]:
-        """Return the bytes in use: ring and arguments (device), arena and table (pinned host), fragmentation."""
+        """Return the bytes in use: ring, arguments and scratch (device), arena and table (pinned host),
+        fragmentation.
+        """
         with self._lock:
             self._reap()
             if self._library:
@@ -364,6 +366,7 @@ class SwapPipeline:
             usage = {
                 "ring_bytes": self._ring_bytes,
                 "argument_bytes": self._block_bytes,
+                "scratch_bytes": sum(lane.scratch.nbytes for lane in self._lanes.values() if lane.scratch),
                 "table_bytes": self.table.memory.nbytes,
             }
             if self.arena:

@@ -325,7 +325,7 @@ def test_random_use_against_a_model(host):
         assert full < 50
         if host == "arena":
             usage = swap.memory()
-            assert 0 <= usage["fragmentation"] < 1
+            assert 0 <= usage["fragmentation"] < 1 and usage["scratch_bytes"] == 0
             held_bytes = sum(-(-len(reference.encode_page(p, BOUND, geometry=GEOMETRY)) // 16) for p in pool) * 16
             assert 0 < usage["arena_used_bytes"] <= max(held_bytes, num_slots * GEOMETRY.nbytes)
             swap.drop(range(num_slots))
@@ -845,6 +845,7 @@ def test_coding_entropy(host, transport, monkeypatch):
     expected = np.stack([reference.decode_page(blob) for blob in blobs])  # signs of zeros differ from fixed's
     device, out = on_device(pages), empty_pages(40)
     with make_pipeline(host, coding="entropy", transport=transport) as swap:
+        assert 4 * 2 * slot_bytes < swap.memory()["scratch_bytes"] < 4 * 4 * slot_bytes
         for _ in range(2):  # the second time with a prediction
             store = swap.store(device, slots)
             load = swap.load(slots, out)  # before the host knows where

@@ -9,8 +9,8 @@ from importlib import resources
 
 import numpy as np
 
-#: dtype name -> what the .cu files call T. The only place a dtype is spelled twice.
-CTYPES = {"float32": "float", "float64": "double", "float16": "float16", "bfloat16": "bfloat16"}
+#: dtype name -> what the .cu files call T, where it is another name.
+CTYPES = {"float32": "float", "float64": "double"}
 
 #: Part of the format: contraction changes which bin a value falls in.
 OPTIONS = ("-std=c++17", "--fmad=false", "-lineinfo")
