@@ -471,10 +471,12 @@ def _watch(worker, ours: offload.Worker) -> None:
         ours.check()
 
     def closing_shutdown():
-        ours.close()  # before vLLM unpins the memory
-        if ours in _workers:
-            _workers.remove(ours)
-        shutdown()
+        try:
+            ours.close()  # before vLLM unpins the memory
+        finally:
+            if ours in _workers:
+                _workers.remove(ours)
+            shutdown()
 
     worker.get_finished, worker.wait, worker.shutdown = checked_get_finished, checked_wait, closing_shutdown
 

@@ -195,6 +195,7 @@ class SwapPipeline:
                 self._codec.new_scratch(tile_bytes // self._slot_bytes, SCRATCH_BYTES[i]),
             )  # fmt: skip
 
+        cupy.cuda.get_current_stream().synchronize()  # scratch and tables are filled there, and read elsewhere
         self._blocks = []  # free argument blocks
         self._block_bytes = 0
         for _ in range(BLOCKS):
@@ -235,7 +236,7 @@ class SwapPipeline:
             self._reap()
             transport = self._choose("store", len(slots), transport)
             lane = self._lanes["fused store" if transport == "fused" else "store"]
-            transfer = Transfer(self, "store", transport, owner)
+            transfer = self._transfer("store", transport, owner, caller)
             block = transfer._block = None if transport == "raw" else self._take_block(len(slots))
             try:
                 order, first, hosts, waits = self.table.place(slots, alone=transport == "raw")
@@ -248,7 +249,7 @@ class SwapPipeline:
             # rows: one place, many writers. arena: only the table, which one lane writes in order
             others = [other for other in self._lanes.values() if self.table.rows or other is not lane]
             try:
-                self._begin(transfer, lane, caller, waits | self._conflicts(others, units), units)
+                self._begin(transfer, lane, waits | self._conflicts(others, units), units)
                 self.table.expect(slots, transfer._number, hosts, counts)
                 if transport == "raw":
                     self._copy_out(transfer, lane, pointers, hosts)
@@ -283,26 +284,27 @@ class SwapPipeline:
                 check_stored(self._library.table.nbytes, slots)
                 return self._library.load(slots, pointers, caller, transport)
             self._reap()
-            state = self.table.state[index(slots)]
-            if (state == KNOWN).all():
-                counts = slots.size, 0, 0
-            else:
+            counts, simple = (slots.size, 0, 0), bool((self.table.state[index(slots)] == KNOWN).all())
+            if not simple:
                 check_stored(self.table.state, slots)
+            transport = self._choose("load", len(slots), transport)
+            transfer = self._transfer("load", transport, owner, caller)
+            transfer._block = self._take_block(len(slots))  # may wait: what is known by then counts
+            if not simple:
+                state = self.table.state[slots]
                 known, pending, copied = (np.flatnonzero(state == s) for s in (KNOWN, PENDING, COPIED))
                 order, counts = np.concatenate([known, pending, copied]), (known.size, pending.size, copied.size)
                 slots, pointers = slots[order], pointers[order]
-            transport = self._choose("load", len(slots), transport)
             if transport == "raw" and counts[2] < slots.size:
-                transport = "staged"  # they were stored encoded
-            lane = self._lanes["fused load" if transport == "fused" else "load"]
-            transfer = Transfer(self, "load", transport, owner)
-            transfer.slots, transfer._counts, transfer._block = slots, counts, self._take_block(len(slots))
+                transfer.transport = "staged"  # they were stored encoded
+            lane = self._lanes["fused load" if transfer.transport == "fused" else "load"]
+            transfer.slots, transfer._counts = slots, counts
             units = self.table.units(slots)
             # in the arena, only those that read the table on the device are in the way of later stores
             marks = units if self.table.rows else slots[counts[0] : counts[0] + counts[1]]
             waits = self._conflicts([self._lanes["store"], self._lanes["fused store"]], units)
             try:
-                self._begin(transfer, lane, caller, waits, marks)
+                self._begin(transfer, lane, waits, marks)
                 self._decode(transfer, lane, pointers, units)
                 self._end(transfer, lane, caller if join else None)
             except BaseException as error:
@@ -392,10 +394,15 @@ class SwapPipeline:
                 raise ValueError("pages: expected at least one page to prepare, got none")
             self.table.check_writable(slots)
             self.synchronize()
-            order, _, hosts, _ = self.table.place(slots, alone=True)
+            prepared = Prepared(self, "store", slots.size, owner)
+            try:
+                order, _, hosts, _ = self.table.place(slots, alone=True)
+            except BaseException:
+                self._put_block(prepared._block)
+                raise
             slots, pointers = slots[order], pointers[order]
             self.table.prepare(slots, hosts)
-            return Prepared(self, "store", slots, pointers, owner)
+            return prepared.hold(slots, pointers)
 
     def prepare_load(self, slots, pages) -> Prepared:
         """Return a fused load of ``slots`` into these very ``pages``, for CUDA graphs; see ``prepare_store``.
@@ -413,7 +420,7 @@ class SwapPipeline:
             self.synchronize()
             if (self.table.state[slots] == COPIED).any():
                 raise ValueError("slots: expected slots stored encoded, got some stored by transport 'raw'")
-            return Prepared(self, "load", slots, pointers, owner)
+            return Prepared(self, "load", slots.size, owner).hold(slots, pointers)
 
     # --- which transport ----------------------------------------------------------------------------------
     def calibrate(self) -> None:
@@ -543,7 +550,11 @@ class SwapPipeline:
                     order = np.concatenate([order, np.arange(num_known, slots.size)])
                     slots, pointers, addresses = slots[order], pointers[order], addresses[order]
                     transfer.slots = slots
-                copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, found)
+                if found is None:  # damaged rows make payloads overlap: the kernel reads the host itself
+                    copies, plan = None, [(None, 0, num_known, None)]
+                    transfer._link_bytes += int(lengths.sum())
+                else:
+                    copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, found)
             block.rows[:num_known] = rows
             block.rows[:num_known, 3] = 0  # payload addresses are exact
         block.slots[:], block.pages[:] = slots, pointers
@@ -665,14 +676,19 @@ class SwapPipeline:
         lanes = [lane for lane in lanes if lane.newest in self._in_flight]
         return self._in_flight.keys() & {int(lane.last[units].max(initial=0)) for lane in lanes}
 
-    def _begin(self, transfer, lane, caller: int, waits, marks) -> None:
+    def _transfer(self, direction: str, transport: str, owner, caller: int) -> Transfer:
+        """Return a handle for work behind what the caller's stream holds; if that fails, nothing has changed."""
+        transfer = Transfer(self, direction, transport, owner)
+        self._runtime.eventRecord(transfer._ready.ptr, caller)
+        return transfer
+
+    def _begin(self, transfer, lane, waits, marks) -> None:
         """Number the transfer and make its streams wait for the caller's and for the transfers ``waits``."""
         runtime, events = self._runtime, [transfer._ready, *(self._in_flight[number].done for number in waits)]
         self._number += 1
         transfer._number = lane.newest = self._number
         self._in_flight[self._number] = transfer
         lane.last[index(marks)] = self._number
-        runtime.eventRecord(transfer._ready.ptr, caller)
         for stream in lane.streams:
             for event in events:
                 runtime.streamWaitEvent(stream.ptr, event.ptr)

@@ -78,17 +78,23 @@ class Transfer:
 class Prepared:
     """A fused store or load that only enqueues kernels, over and over; see ``SwapPipeline.prepare_store``."""
 
-    def __init__(self, pipeline, direction, slots, pointers, owner):
-        self.direction, self.slots = direction, slots
-        self._pipeline, self._owner = pipeline, owner
-        self._aligned, self._scratch = aligned_to(pointers, 8), pipeline._codec.new_scratch(len(slots))
-        block = self._block = pipeline._take_block(len(slots))
+    def __init__(self, pipeline, direction, num_pages: int, owner):
+        self.direction, self._pipeline, self._owner = direction, pipeline, owner
+        self._scratch = pipeline._codec.new_scratch(num_pages)
+        pipeline._cupy.cuda.get_current_stream().synchronize()  # it is filled there
+        self._block = pipeline._take_block(num_pages)
+
+    def hold(self, slots, pointers) -> Prepared:
+        """Take ``slots`` for these pages; return itself."""
+        self.slots, self._aligned = slots, aligned_to(pointers, 8)
+        pipeline, block = self._pipeline, self._block
         block.slots[:], block.pages[:] = slots, pointers
         block.payloads[:] = pipeline.table.regions(slots) + pipeline._shift
         stream = pipeline._lanes["store"].codec
         block.upload("slots", "payloads", stream)
         stream.synchronize()
         pipeline.table.hold(slots)
+        return self
 
     def launch(self) -> None:
         """Enqueue it on CuPy's current stream, which may be capturing. Compiles at the first call: warm up."""
@@ -108,8 +114,12 @@ class Prepared:
         return {int(self.slots[i]): reason for i, reason in failures(self._block.status).items()}
 
     def close(self) -> None:
-        """Let go of the slots, which keep their content. Graphs with it must not be launched again."""
+        """Wait for the device, then let go of the slots, which keep their content.
+
+        Graphs with it must not be launched again.
+        """
         if self._block is not None:
+            self._pipeline._cupy.cuda.Device().synchronize()  # what was launched reads the arguments
             with self._pipeline._lock:
                 self._pipeline.table.let_go(self.slots)
                 self._pipeline._put_block(self._block)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from assertions import assert_same_bits
-from test_pipeline import BOUND, GEOMETRY, empty_pages, make_pages, make_pipeline, on_device
+from test_pipeline import BOUND, DTYPES, GEOMETRY, empty_pages, held, make_pages, make_pipeline, on_device
 
 from cuszp_cupy import FormatError, pipeline, raw
-from cuszp_cupy.pipeline import SwapPipeline
+from cuszp_cupy.codec import pinned
+from cuszp_cupy.pipeline import HostRows, SwapPipeline
 from cuszp_cupy.reference import decode_page, encode_page
 
 NUM = 24  # pages: three tiles
@@ -81,6 +83,125 @@ def test_without_memory_for_arguments_a_call_waits_for_those_in_flight(monkeypat
     monkeypatch.undo()
     stored.check()
     swap.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["staged", "fused"])
+def test_a_load_that_waits_for_its_arguments_knows_what_finished_meanwhile(transport, monkeypatch):
+    stored = Stored()
+    swap = stored.swap
+    reap, take = swap._reap, swap._take_block
+    monkeypatch.setattr(swap, "_reap", lambda: None)  # nobody looks until the load waits
+    stores = [swap.store(stored.device[:8], range(NUM + 8 * i, NUM + 8 * i + 8)) for i in range(3)]
+
+    def wait(num_pages):
+        for store in stores:
+            store.done.synchronize()
+        reap()
+        return take(num_pages)
+
+    monkeypatch.setattr(swap, "_take_block", wait)
+    load = swap.load(range(NUM, NUM + 8), stored.out[:8], transport=transport)
+    monkeypatch.undo()
+    load.wait()
+    assert_same_bits(stored.out.get()[:8], stored.expected[:8])
+    stored.check()
+    swap.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["staged", "fused", "raw"])
+def test_a_stream_that_cannot_be_waited_for(transport, monkeypatch):
+    """As of another device: the calls raise, and hold nothing."""
+    import cupy
+
+    stored = Stored()
+    swap, stream = stored.swap, cupy.cuda.Stream(non_blocking=True)
+    before, blocks, record = swap.memory(), len(swap._blocks), swap._runtime.eventRecord
+
+    def refuse(event, on):
+        if on == stream.ptr:
+            raise RuntimeError("of another device")
+        record(event, on)
+
+    monkeypatch.setattr(swap._runtime, "eventRecord", refuse)
+    for call in (
+        lambda: swap.store(stored.device, range(NUM, 2 * NUM), stream, transport=transport),
+        lambda: swap.load(range(NUM), stored.out, stream, transport=transport),
+    ):
+        with pytest.raises(RuntimeError, match="of another device"):
+            call()
+    monkeypatch.undo()
+    assert swap.memory() == before and len(swap._blocks) == blocks and not swap._in_flight
+    stored.check()
+    swap.close()
+
+
+@pytest.mark.gpu
+def test_no_memory_to_prepare_a_store_leaves_the_slots_as_they_were(monkeypatch):
+    stored = Stored()
+    swap, used = stored.swap, stored.swap.memory()["arena_used_bytes"]
+
+    def refuse(num_pages):
+        raise MemoryError("no bytes of device memory")
+
+    monkeypatch.setattr(swap, "_take_block", refuse)
+    with pytest.raises(MemoryError, match="no bytes of device memory"):
+        swap.prepare_store(stored.device, range(NUM))
+    monkeypatch.undo()
+    assert swap.memory()["arena_used_bytes"] == used
+    stored.check()
+    swap.close()
+
+
+@pytest.mark.gpu
+def test_a_prepared_transfer_closes_once_its_launches_are_through():
+    import cupy
+
+    stored, stream = Stored(), cupy.cuda.Stream(non_blocking=True)
+    prepared = stored.swap.prepare_load(range(NUM), stored.out)
+    closing = threading.Thread(target=prepared.close)
+    with stream:
+        prepared.launch()  # compiled by now
+    stream.synchronize()
+    stored.out.view(cupy.uint16)[...] = 0
+    cupy.cuda.Device().synchronize()
+    with held(stream):
+        with stream:
+            prepared.launch()
+        closing.start()
+        closing.join(0.3)
+        assert closing.is_alive()
+    closing.join()
+    assert_same_bits(stored.out.get(), stored.expected)
+    stored.check()
+    stored.swap.close()
+
+
+@pytest.mark.gpu
+def test_a_damaged_row_beside_pages_that_fill_their_tile():
+    """Counted as 16 bytes at the begin of its row, it overlaps another page, on the far side of a tile's edge."""
+    pages = (
+        np.random.default_rng(5).integers(0, 1 << 16, (6, *GEOMETRY.shape), np.uint16).view(DTYPES["bfloat16"])
+    )
+    size = GEOMETRY.nbytes
+    memory = pinned(2 * 3 * size)
+    host = HostRows(memory.ctypes.data, 3 * size, 3, memory)
+    ring = 2 * pipeline.TILES["fixed"][0] * 3 * size
+    with make_pipeline(host, num_slots=6, ring_bytes=ring) as swap:
+        store = swap.store(on_device(pages), range(6))
+        store.done.synchronize()
+        place = 16 * swap.table.memory[:, 3].astype(int)
+        first, last = (
+            [int(np.flatnonzero(place[r : r + 3] == at)[0]) + r for at in (0, 2 * size)] for r in (0, 3)
+        )
+        swap.table.memory[last[1]] = 0
+        slots = [*first, last[0], last[1]]
+        out = empty_pages(4)
+        load = swap.load(slots, out)
+        with pytest.raises(FormatError, match=f"1 of 4 pages are damaged: slot {last[1]}:"):
+            load.wait()
+        assert_same_bits(out.get()[:3], pages[slots[:3]])
 
 
 @pytest.mark.gpu

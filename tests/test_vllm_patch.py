@@ -516,6 +516,22 @@ def test_shutdown_closes_the_pipelines_before_the_memory_goes(vllm, monkeypatch,
     assert "cuszp_cupy store: 1 calls, 6 pages" in caplog.text and "passed through: nothing" in caplog.text
 
 
+def test_a_pipeline_that_cannot_be_closed_does_not_keep_vllms_memory(vllm, monkeypatch):
+    engine, cleaned = Engine(vllm, monkeypatch), []
+    (pipeline,) = engine.pipelines
+
+    def close():
+        raise RuntimeError("the device is lost")
+
+    pipeline.close = close
+    region = getattr(engine.worker, "_mmap_region", None) or engine.worker._store_handler._mmap_region
+    cleanup = region.cleanup
+    monkeypatch.setattr(region, "cleanup", lambda: (cleaned.append(True), cleanup()))
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        engine.worker.shutdown()
+    assert cleaned and engine.patch.stats() == []
+
+
 def test_uninstall_leaves_a_running_worker_able_to_load(vllm, monkeypatch):
     engine = Engine(vllm, monkeypatch)
     before = engine.gpu.copy()
