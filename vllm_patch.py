@@ -363,15 +363,10 @@ def _handlers(worker) -> list:
     return [getattr(worker, name) for name in names if hasattr(worker, name)]
 
 
-def _leave_raw(worker, settings: Settings, reason: str) -> None:
-    """Say once that this worker's pages stay uncompressed, and why; count what it moves."""
-    swaps = [getattr(handler, "_swap_blocks_batch", None) for handler in _handlers(worker)]
-    swaps = [swap for swap in swaps if isinstance(swap, Swap)]
-    if any(swap.worker for swap in swaps):
-        return  # registered again
-    _log.warning("cuszp_cupy: KV pages stay uncompressed: %s", reason)
+def _leave_raw(worker, swaps: list[Swap], settings: Settings, raw: Counter) -> None:
+    """Say that this worker's pages stay uncompressed, and why; count what it moves."""
+    _log.warning("cuszp_cupy: KV pages stay uncompressed: %s", "; ".join(raw))
     if swaps:
-        raw = Counter({reason: 1})
         _use(worker, swaps, offload.Worker([], settings, lambda: None, raw_tensors=raw, version=_installed or ""))
 
 
@@ -397,16 +392,18 @@ def _why_raw(connector) -> str:
 def _bind(connector, kinds) -> None:
     """After vLLM has registered its KV caches: make the pipelines and let the handlers use them."""
     worker, settings = connector.worker, Settings.read()
-    if reason := _why_raw(connector):
-        _leave_raw(worker, settings, reason)
-        return
     handlers = _handlers(worker)
-    if any(handler._swap_blocks_batch.worker for handler in handlers):
+    swaps = [getattr(handler, "_swap_blocks_batch", None) for handler in handlers]
+    swaps = [swap for swap in swaps if isinstance(swap, Swap)]
+    if any(swap.worker for swap in swaps):
         return  # registered again: vLLM keeps its worker and its memory, and so do we
+    if reason := _why_raw(connector):
+        _leave_raw(worker, swaps, settings, Counter([reason]))
+        return
     tensors = offload.tensors_of(handlers[0], kinds, settings)
     runs, raw = offload.plan(tensors, settings.ring_mb << 20, settings.coding)
     if not runs:
-        _leave_raw(worker, settings, "; ".join(raw))
+        _leave_raw(worker, swaps, settings, raw)
         return
     import torch
 
@@ -444,7 +441,7 @@ def _bind(connector, kinds) -> None:
     )  # fmt: skip
     for handler in handlers:
         handler._swap_blocks_batch.urgent = handler is getattr(worker, "_expedited_load_handler", None)
-    _use(worker, [handler._swap_blocks_batch for handler in handlers], ours)
+    _use(worker, swaps, ours)
 
 
 def _use(worker, swaps: list[Swap], ours: offload.Worker) -> None:

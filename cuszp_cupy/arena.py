@@ -228,7 +228,10 @@ def _cuts(starts, ends, apart):
 
 
 def orders(starts: np.ndarray, rows: np.ndarray | None):
-    """Yield orders of payloads to try ``spans`` with, the cheap ones first; the last one will do."""
+    """Yield orders of payloads to try ``spans`` with, the cheap ones first; the last one will do.
+
+    Not always where payloads overlap that are not loaded twice, as those of damaged rows may.
+    """
     yield slice(None)
     if rows is not None:
         yield by_row(rows)

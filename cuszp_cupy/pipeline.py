@@ -536,25 +536,22 @@ class SwapPipeline:
             nbytes = rows[:, 1].astype(np.int64)
             lengths = (np.maximum(nbytes, 1) + 15) & -16  # of damaged rows: 0
             transfer._payload_bytes += int(nbytes.sum()) + 16 * num_known
-            if transfer.transport == "fused":
-                plan = [(None, 0, num_known, None)]
-                transfer._link_bytes += int(lengths.sum())
-            else:
-                known = slice(num_known)
+            known, found = slice(num_known), None
+            if transfer.transport != "fused":
                 for order in orders(addresses[known], units[known] if self.table.rows else None):
                     found = self._spans(addresses[known][order], lengths[order], units[known][order])
                     if found is not None:
                         break
+            if found is None:  # fused; or damaged rows make payloads overlap: the kernel reads the host itself
+                plan = [(None, 0, num_known, None)]
+                transfer._link_bytes += int(lengths.sum())
+            else:
                 if not isinstance(order, slice):
                     rows, lengths = rows[order], lengths[order]
                     order = np.concatenate([order, np.arange(num_known, slots.size)])
                     slots, pointers, addresses = slots[order], pointers[order], addresses[order]
                     transfer.slots = slots
-                if found is None:  # damaged rows make payloads overlap: the kernel reads the host itself
-                    copies, plan = None, [(None, 0, num_known, None)]
-                    transfer._link_bytes += int(lengths.sum())
-                else:
-                    copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, found)
+                copies, plan = self._plan_tiles(transfer, lane, addresses[:num_known], lengths, found)
             block.rows[:num_known] = rows
             block.rows[:num_known, 3] = 0  # payload addresses are exact
         block.slots[:], block.pages[:] = slots, pointers

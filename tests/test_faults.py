@@ -22,6 +22,10 @@ from cuszp_cupy.reference import decode_page, encode_page
 NUM = 24  # pages: three tiles
 
 
+def no_memory(num_pages):
+    raise MemoryError("no bytes of device memory")
+
+
 class Stored:
     """A pipeline with pages in slots 0 .. 23, of 48, and what to expect of them."""
 
@@ -67,10 +71,7 @@ def test_without_memory_for_arguments_a_call_waits_for_those_in_flight(monkeypat
     stored = Stored()
     swap = stored.swap
 
-    def refuse(num_pages):
-        raise MemoryError("no bytes of device memory")
-
-    monkeypatch.setattr(swap, "_new_block", refuse)
+    monkeypatch.setattr(swap, "_new_block", no_memory)
     del swap._blocks[1:]  # one is left, which the first call takes
     first = swap.load(range(NUM), stored.out)
     second = swap.store(stored.device, range(NUM, 2 * NUM))
@@ -142,10 +143,7 @@ def test_no_memory_to_prepare_a_store_leaves_the_slots_as_they_were(monkeypatch)
     stored = Stored()
     swap, used = stored.swap, stored.swap.memory()["arena_used_bytes"]
 
-    def refuse(num_pages):
-        raise MemoryError("no bytes of device memory")
-
-    monkeypatch.setattr(swap, "_take_block", refuse)
+    monkeypatch.setattr(swap, "_take_block", no_memory)
     with pytest.raises(MemoryError, match="no bytes of device memory"):
         swap.prepare_store(stored.device, range(NUM))
     monkeypatch.undo()

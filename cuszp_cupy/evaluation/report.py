@@ -593,9 +593,9 @@ def variant_colours(rows: list[dict]) -> dict[str, str]:
     {'recompute': 'darkgrey', 'raw': 'black', 'rms:0.05': 'C0', 'rms:0.2': 'C1'}
     """
     fixed = {"recompute": "darkgrey", "raw": "black"}
-    ours = [name for name in dict.fromkeys(row["variant"] for row in rows) if name not in fixed]
-    colours = fixed | {name: f"C{i}" for i, name in enumerate(ours)}
-    return {name: colours[name] for name in dict.fromkeys(row["variant"] for row in rows)}
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    ours = [name for name in names if name not in fixed]
+    return {name: fixed.get(name) or f"C{ours.index(name)}" for name in names}
 
 
 def plot_serve(result: dict, title: str, path: str | Path) -> None:

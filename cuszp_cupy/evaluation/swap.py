@@ -397,17 +397,12 @@ def library_rows(case: Case, seconds: float, notes: list[str]) -> list[dict]:
         host_bytes = swap.memory()["arena_used_bytes"]
         calls = {"D2H": lambda: swap.store(x, slots), "H2D": lambda: swap.load(slots, y)}
         times = timing.interleaved({key: timing.wall(call) for key, call in calls.items()}, seconds)
-    rows = []
-    for direction, timed in times.items():
-        stats = done[direction].stats
-        values = {
-            "page_kib": geometry.nbytes >> 10, "slots": case.kind, "direction": direction,
-            "transport": "libcuSZp", "used": stats.transport, "gbps": nbytes / timed.ms / 1e6,
-            "spread_percent": timed.spread_percent, "link_gbps": stats.link_bytes / timed.ms / 1e6,
-            "ratio": stats.ratio, "host_bytes": host_bytes, "host_ms": timed.ms, "mispredicted": 0,
-        }  # fmt: skip
-        rows.append(dict.fromkeys(ROW) | values)
-    return rows
+    stats = {direction: transfer.stats for direction, transfer in done.items()}
+    return [
+        call_row(case, "libcuSZp", direction, timed, nbytes, stats[direction].link_bytes)
+        | {"used": stats[direction].transport, "ratio": stats[direction].ratio, "host_bytes": host_bytes}
+        for direction, timed in times.items()
+    ]
 
 
 def nvcomp_rows(case: Case, seconds: float, notes: list[str]) -> list[dict]:
@@ -424,7 +419,7 @@ def nvcomp_rows(case: Case, seconds: float, notes: list[str]) -> list[dict]:
         "nvCOMP in the swap table: ANS, lossless, of a whole batch as one array; coding and copy one after the "
         "other (wall clock), so that ratio x link is what overlapping them would give at most"
     )
-    x = case.x.view(cupy.uint8).reshape(-1)[:BATCH_BYTES]
+    x = case.x.view(cupy.uint8).reshape(-1)
     cupy.cuda.Device().synchronize()  # nvCOMP works on a stream of its own
     ans, array = nvcomp.Codec(**NVCOMP), nvcomp.as_array(x)
     back = cupy.asarray(ans.encode(array)).view(cupy.uint8).reshape(-1).copy()  # on the device, from the host
@@ -449,15 +444,19 @@ def nvcomp_rows(case: Case, seconds: float, notes: list[str]) -> list[dict]:
         raise AssertionError(f"{case.pages.name}: nvCOMP ANS did not bring the bytes back")
     times = timing.interleaved({"D2H": timing.wall(store), "H2D": timing.wall(load)}, seconds)
     return [
-        dict.fromkeys(ROW)
-        | {
-            "page_kib": case.pages.geometry.nbytes >> 10, "slots": case.kind, "direction": direction,
-            "transport": "nvCOMP ANS", "used": "nvCOMP", "gbps": x.nbytes / timed.ms / 1e6,
-            "spread_percent": timed.spread_percent, "link_gbps": back.nbytes / timed.ms / 1e6,
-            "ratio": x.nbytes / back.nbytes, "host_bytes": back.nbytes, "host_ms": timed.ms, "mispredicted": 0,
-        }
+        call_row(case, "nvCOMP ANS", direction, timed, x.nbytes, back.nbytes)
+        | {"used": "nvCOMP", "ratio": x.nbytes / back.nbytes, "host_bytes": back.nbytes}
         for direction, timed in times.items()
-    ]  # fmt: skip
+    ]
+
+
+def call_row(case: Case, name: str, direction: str, timed: timing.Timing, nbytes: int, link_bytes: int) -> dict:
+    """Return what all rows of blocking calls have."""
+    return dict.fromkeys(ROW) | {
+        "page_kib": case.pages.geometry.nbytes >> 10, "slots": case.kind, "direction": direction,
+        "transport": name, "gbps": nbytes / timed.ms / 1e6, "spread_percent": timed.spread_percent,
+        "link_gbps": link_bytes / timed.ms / 1e6, "host_ms": timed.ms, "mispredicted": 0,
+    }  # fmt: skip
 
 
 def add_shares(rows: list[dict]) -> None:
