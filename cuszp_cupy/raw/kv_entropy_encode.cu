@@ -366,7 +366,10 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, BLOCKS) kv_entropy_encode(
             }
             u16* const states = encoder.slot + encoder.position - 2 * s.lanes;
             if (lane < s.lanes) states[2 * lane] = (u16)encoder.x, states[2 * lane + 1] = (u16)(encoder.x >> 16);
-            if (lane == 0) work.ends[number] = end - encoder.position + 2 * s.lanes;   // its size, so far
+            if (lane == 0) {
+                work.ends[number] = end - encoder.position + 2 * s.lanes;   // its size, so far
+                if (encoder.position % 2) states[-1] = 0;   // read with the first one, as a word
+            }
         }
         __syncthreads();
         bool entropy = !raw && !shared.too_large;   // the same for all threads
