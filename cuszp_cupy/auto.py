@@ -50,29 +50,26 @@ def measure(pipeline) -> dict[str, float]:
     def copy(stream, dst, src, kind):
         return gbps(stream, lambda: runtime.memcpyAsync(dst, src, nbytes, kind, stream.ptr))
 
-    def encode(target, blocks, count=num):
+    def encode(target, count=num):
         block.payloads[:] = target + places
         block.upload("slots", "payloads", store.codec)
-        scratch = store.scratch
-        return gbps(store.codec, lambda: pipeline._kv_encode(at, 0, count, True, blocks, scratch, cursors=False))
+        call = pipeline._kv_encode
+        return gbps(store.codec, lambda: call(at, 0, count, True, store.scratch, target == mapped, cursors=False))
 
-    def decode(blocks, on_host):
+    def decode(on_host):
         status, scratch = block.status_ptr, store.scratch
-        return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, blocks, status, scratch, on_host))
+        return gbps(store.codec, lambda: pipeline._kv_decode(at, 0, num, True, status, scratch, on_host))
 
     speed = {"h2d": copy(load.copy, raw, host.ctypes.data, runtime.memcpyHostToDevice)}
     speed["d2h"] = copy(store.copy, host.ctypes.data, raw, runtime.memcpyDeviceToHost)
-    for name, target, blocks in (
-        ("burst", packed, pipeline.burst_blocks),
-        ("fused", mapped, pipeline.fused_blocks),
-    ):
-        speed[f"store {name}"] = encode(target, blocks)
-        speed[f"load {name}"] = decode(blocks, on_host=target == mapped)
+    for name, target in (("burst", packed), ("fused", mapped)):
+        speed[f"store {name}"] = encode(target)
+        speed[f"load {name}"] = decode(on_host=target == mapped)
     rows = np.empty((num, ROW_WORDS), np.uint32)
     runtime.memcpyAsync(rows.ctypes.data, at["rows"], rows.nbytes, runtime.memcpyDeviceToHost, store.codec.ptr)
     store.codec.synchronize()
     speed["ratio"] = nbytes / int(rows[:, 1].sum(dtype=np.int64))
-    speed["launch_us"] = nbytes / encode(packed, pipeline.burst_blocks, count=1) / 1e3
+    speed["launch_us"] = nbytes / encode(packed, count=1) / 1e3
     if pipeline.table.pages_per_row == 1 and pipeline.table.rows:  # no two pages go in one copy
         scattered = np.random.default_rng(1).permutation(places)
         width = max(16, int(slot_bytes / speed["ratio"]) // 16 * 16)

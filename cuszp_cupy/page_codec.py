@@ -61,24 +61,31 @@ class PageCodec:
         aligned: bool,
         scratch: Scratch | None,
         blocks: int | None = None,
+        device_blocks: int | None = None,
         regions_ptr: int = 0,
         cursors_ptr: int = 0,
     ) -> None:
-        """Encode ``num_pages`` pages; see ``raw.kv.encode``. ``scratch``: from ``new_scratch``."""
+        """Encode ``num_pages`` pages; see ``raw.kv.encode``. ``scratch``: from ``new_scratch``.
+
+        ``blocks``: of the kernel that writes payloads; ``device_blocks``: of those before it.
+        """
         sort = self.dtype, self.geometry
         for first, count in _batches(num_pages, scratch):
             pages, payloads, rows = pages_ptr + 8 * first, payloads_ptr + 8 * first, rows_ptr + 16 * first
             packed = {"regions_ptr": regions_ptr and regions_ptr + 4 * first, "cursors_ptr": cursors_ptr}
-            options = {"aligned": aligned, "blocks": blocks}
+            options = {"aligned": aligned, "device_blocks": device_blocks}
             if scratch:
                 options |= {"exchange_ptr": scratch.exchange_ptr, "sizes_ptr": scratch.sizes_ptr}
             if self.coding != "entropy":
-                kv.encode(pages, payloads, rows, count, *sort, self.bounds, self.coding, **options, **packed)
+                options |= {"blocks": blocks, **packed}
+                kv.encode(pages, payloads, rows, count, *sort, self.bounds, self.coding, **options)
                 continue
-            kv.encode(pages, scratch.slots_ptr, scratch.rows_ptr, count, *sort, self.bounds, "fixed", **options)
+            slots = scratch.slots_ptr, scratch.rows_ptr
+            kv.encode(pages, *slots, count, *sort, self.bounds, "fixed", blocks=device_blocks, **options)
             kv.encode_entropy(
                 pages, scratch.rows_ptr, scratch.slots_ptr, payloads, rows, count, *sort, self.tables,
-                self._device_tables.data.ptr, aligned=aligned, blocks=self._entropy_blocks(blocks), **packed,
+                self._device_tables.data.ptr, aligned=aligned, blocks=self._entropy_blocks(blocks),
+                device_blocks=self._entropy_blocks(device_blocks), **packed,
             )  # fmt: skip
 
     def decode(
@@ -92,12 +99,14 @@ class PageCodec:
         aligned: bool,
         scratch: Scratch | None,
         blocks: int | None = None,
+        device_blocks: int | None = None,
         on_host: bool = False,
     ) -> None:
         """Decode ``num_pages`` pages; see ``raw.kv.decode``. ``scratch``: from ``new_scratch``.
 
         ``on_host``: payloads lie in host memory. Those of coding ``entropy``, which are read in small pieces, are
-        then brought to the device first.
+        then brought to the device first. ``blocks``: of the kernels that read payloads there; ``device_blocks``:
+        of those that read them on the device.
         """
         sort, entropy = (self.dtype, self.geometry), self.coding == "entropy"
         needed = kv.num_chunks(self.geometry) > 1 or (entropy and on_host)
@@ -109,14 +118,16 @@ class PageCodec:
                     payloads, rows, scratch.slots_ptr, scratch.rows_ptr, count, self.geometry.nbytes, blocks
                 )
                 payloads, rows = scratch.slots_ptr, scratch.rows_ptr
-            exchange = scratch.exchange_ptr if scratch else 0
+            most = device_blocks if entropy or not on_host else blocks
+            exchange, sizes = (scratch.exchange_ptr, scratch.sizes_ptr) if scratch else (0, 0)
             kv.decode(
-                payloads, rows, pages, status, count, *sort, aligned=aligned, blocks=blocks, exchange_ptr=exchange
-            )
+                payloads, rows, pages, status, count, *sort,
+                aligned=aligned, blocks=most, exchange_ptr=exchange, sizes_ptr=sizes,
+            )  # fmt: skip
             if entropy:
                 kv.decode_entropy(
                     payloads, rows, pages, status, count, *sort, self.tables, self._device_tables.data.ptr,
-                    aligned=aligned, blocks=self._entropy_blocks(blocks),
+                    aligned=aligned, blocks=self._entropy_blocks(most),
                 )  # fmt: skip
 
     def _entropy_blocks(self, blocks: int | None) -> int | None:

@@ -469,7 +469,7 @@ class SwapPipeline:
         aligned, at, runtime = aligned_to(pointers, 8), block.device_pointers, self._runtime
         if fused:
             with Stage(transfer, "store encode", lane.codec), lane.codec:
-                self._kv_encode(at, 0, num, aligned, self.fused_blocks, lane.scratch)
+                self._kv_encode(at, 0, num, aligned, lane.scratch, on_host=True)
                 raw_copy.publish(at["rows"], at["slots"], self._table_ptr, num)
             return
         to_host, edges = runtime.memcpyDeviceToHost, self._runs(hosts, works, widths, bounds)
@@ -479,7 +479,7 @@ class SwapPipeline:
                 page, end = int(first[lo]), int(first[hi])
                 runtime.streamWaitEvent(lane.codec.ptr, buffer.free.ptr)
                 with Stage(transfer, "store encode", lane.codec):
-                    self._kv_encode(at, page, end - page, aligned, self.burst_blocks, lane.scratch)
+                    self._kv_encode(at, page, end - page, aligned, lane.scratch)
                     runtime.eventRecord(buffer.ready.ptr, lane.codec.ptr)
                     raw_copy.publish(
                         at["rows"] + 16 * page, at["slots"] + 4 * page, self._table_ptr, end - page,
@@ -565,7 +565,6 @@ class SwapPipeline:
             block.upload("slots", "rows", lane.codec)
         with lane.codec:
             for buffer, page, end, edges in plan:
-                blocks = self.burst_blocks if buffer else self.fused_blocks
                 if buffer:
                     runtime.streamWaitEvent(lane.copy.ptr, buffer.free.ptr)
                     with Stage(transfer, "load copy", lane.copy):
@@ -573,8 +572,9 @@ class SwapPipeline:
                     runtime.eventRecord(buffer.ready.ptr, lane.copy.ptr)
                     runtime.streamWaitEvent(lane.codec.ptr, buffer.ready.ptr)
                 with Stage(transfer, "load decode", lane.codec):
-                    status = block.status_ptr
-                    self._kv_decode(at, page, end - page, aligned, blocks, status, lane.scratch, not buffer)
+                    self._kv_decode(
+                        at, page, end - page, aligned, block.status_ptr, lane.scratch, on_host=not buffer
+                    )
                 if buffer:
                     runtime.eventRecord(buffer.free.ptr, lane.codec.ptr)
             if num_pending:
@@ -582,8 +582,8 @@ class SwapPipeline:
                     raw_copy.collect(
                         self._table_ptr, at["slots"] + 4 * num_known, at["rows"] + 16 * num_known, num_pending
                     )
-                    blocks, status = self.fused_blocks, block.status_ptr
-                    self._kv_decode(at, num_known, num_pending, aligned, blocks, status, lane.scratch, True)
+                    status = block.status_ptr
+                    self._kv_decode(at, num_known, num_pending, aligned, status, lane.scratch, on_host=True)
         if num_copied:
             order = np.argsort(addresses[coded:])
             pieces = (
@@ -648,17 +648,20 @@ class SwapPipeline:
         return transfer._payload_bytes + payload + 16 * num_pending, transfer._link_bytes + payload
 
     # --- kernels, on the current stream -------------------------------------------------------------------
-    def _kv_encode(self, at, page, num, aligned, blocks, scratch, cursors=True) -> None:
+    # on_host: payloads lie there, and `fused_blocks` reach them
+    def _kv_encode(self, at, page, num, aligned, scratch, on_host=False, cursors=True) -> None:
         self._codec.encode(
             at["pages"] + 8 * page, at["payloads"] + 8 * page, at["rows"] + 16 * page, num,
-            aligned=aligned, blocks=blocks, scratch=scratch,
+            aligned=aligned, scratch=scratch,
+            blocks=self.fused_blocks if on_host else self.burst_blocks, device_blocks=self.burst_blocks,
             regions_ptr=at["regions"] + 4 * page if cursors else 0, cursors_ptr=at["cursors"] if cursors else 0,
         )  # fmt: skip
 
-    def _kv_decode(self, at, page, num, aligned, blocks, status_ptr, scratch, on_host=False) -> None:
+    def _kv_decode(self, at, page, num, aligned, status_ptr, scratch, on_host=False) -> None:
         self._codec.decode(
             at["payloads"] + 8 * page, at["rows"] + 16 * page, at["pages"] + 8 * page, status_ptr + 4 * page, num,
-            aligned=aligned, blocks=blocks, scratch=scratch, on_host=on_host,
+            aligned=aligned, scratch=scratch, on_host=on_host,
+            blocks=self.fused_blocks, device_blocks=self.burst_blocks,
         )  # fmt: skip
 
     def _runs(self, dst, src, width, bounds=()) -> np.ndarray:

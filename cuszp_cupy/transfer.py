@@ -100,12 +100,11 @@ class Prepared:
         """Enqueue it on CuPy's current stream, which may be capturing. Compiles at the first call: warm up."""
         pipeline, at, num = self._pipeline, self._block.device_pointers, len(self.slots)
         if self.direction == "store":
-            pipeline._kv_encode(at, 0, num, self._aligned, pipeline.fused_blocks, self._scratch, cursors=False)
+            pipeline._kv_encode(at, 0, num, self._aligned, self._scratch, on_host=True, cursors=False)
             raw_copy.publish(at["rows"], at["slots"], pipeline._table_ptr, num)
         else:
             raw_copy.collect(pipeline._table_ptr, at["slots"], at["rows"], num)
-            status, blocks = self._block.status_ptr, pipeline.fused_blocks
-            pipeline._kv_decode(at, 0, num, self._aligned, blocks, status, self._scratch, True)
+            pipeline._kv_decode(at, 0, num, self._aligned, self._block.status_ptr, self._scratch, on_host=True)
 
     def failed(self) -> dict[int, str]:
         """Return slot -> reason of the pages that the last load found damaged; wait for the stream before."""

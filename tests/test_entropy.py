@@ -631,7 +631,9 @@ class OnGpu:
         status = cupy.full(n, 77, cupy.uint32)
         pointers = (addresses.data.ptr, rows.data.ptr, page_addresses.data.ptr, status.data.ptr, n)
         exchange = cupy.zeros(n * self.kernels.EXCHANGE_BYTES, cupy.uint8)
-        self.kernels.decode(*pointers, *self.common, aligned=False, exchange_ptr=exchange.data.ptr)
+        sizes = cupy.zeros(n * self.kernels.num_chunks(self.geometry), cupy.uint32)
+        scratch = {"exchange_ptr": exchange.data.ptr, "sizes_ptr": sizes.data.ptr}
+        self.kernels.decode(*pointers, *self.common, aligned=False, **scratch)
         self.kernels.decode_entropy(*pointers, *self.common, self.tables, self.memory.data.ptr, **self.keywords)
         memory, size = pages_.get(), self.geometry.nbytes
         assert (memory[:, : self.shift] == 0xA5).all() and (memory[:, self.shift + size :] == 0xA5).all()

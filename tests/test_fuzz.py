@@ -271,6 +271,9 @@ class OnGpu:
             pages_memory, pages = device.guarded(blank)
             status_memory, status = device.guarded(np.full(num, 77, np.uint32))
             exchange_memory, exchange = device.guarded(np.zeros(num * kv.EXCHANGE_BYTES, np.uint8))
+            num_sizes = num * kv.num_chunks(geometry)
+            sizes_memory, sizes = device.guarded(np.full(num_sizes, 0xFFFFFFFF, np.uint32))
+            scratch = {"exchange_ptr": exchange.data.ptr, "sizes_ptr": sizes.data.ptr}
             memory = [device.guarded(each) for each in inputs]
             slots_ptr, rows_ptr, tables_ptr = (view.data.ptr for _, view in memory)
             starts = np.array([[slots_ptr], [pages.data.ptr + shift]], np.uint64)
@@ -287,9 +290,10 @@ class OnGpu:
             )
             options = {"aligned": shift % 4 == 0, "blocks": 64}  # so that each block takes several pages
             for _ in range(2):  # what damaged pages leave in the exchange must not disturb the next launch
-                kv.decode(*arguments, exchange_ptr=exchange.data.ptr, **options)
+                kv.decode(*arguments, **scratch, **options)
             kv.decode_entropy(*arguments, tables, tables_ptr, **options)
             device.unguarded(exchange_memory, num * kv.EXCHANGE_BYTES)
+            device.unguarded(sizes_memory, 4 * num_sizes)
             for (buffer, _), each in zip(memory, inputs, strict=True):
                 assert device.unguarded(buffer, each.nbytes).tobytes() == each.tobytes(), "an input was changed"
             after = device.unguarded(pages_memory, blank.nbytes).reshape(blank.shape)

@@ -126,14 +126,14 @@ def test_launch_functions_pass_what_the_kernels_declare(monkeypatch):
             for bound in ("rms:0.05", "rel:0.01", "abs:0.5"):
                 bounds = parse_parts(bound, 2)
                 kv.encode(16, 16, 16, 3, dtype, large, bounds, aligned=True, exchange_ptr=16, sizes_ptr=16)
-            kv.decode(16, 16, 16, 16, 3, dtype, large, aligned=True, exchange_ptr=16)
+            kv.decode(16, 16, 16, 16, 3, dtype, large, aligned=True, exchange_ptr=16, sizes_ptr=16)
             kv.encode_entropy(16, 16, 16, 16, 16, 3, dtype, geometry, BUILT_IN, 16, aligned=True)
             kv.decode_entropy(16, 16, 16, 16, 3, dtype, geometry, BUILT_IN, 16, aligned=True)
     assert launched == {
         "kv_fetch": 1, "kv_publish": 1, "kv_collect": 1, "kv_gather": 1, "cuszp_compress": 6,
         "cuszp_decompress": 6, "kv_encode": 6, "kv_decode": 6, "kv_entropy_analyse": 6,
         "kv_entropy_encode": 6, "kv_entropy_decode": 6,
-        "kv_encode_large": 6 * (5 + 4 + 2), "kv_decode_large": 6,
+        "kv_encode_large": 6 * (5 + 4 + 2), "kv_decode_large": 6, "kv_decode_sizes": 6,
     }  # fmt: skip
 
 

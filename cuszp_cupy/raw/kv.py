@@ -32,10 +32,14 @@ PHASES = 5  # of kv_encode_large
 EXCHANGE_BYTES = 64  # a page, as in the _large kernels
 KERNELS = {
     name: tuple(f"{name}<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false"))
-    for name in ("kv_encode", "kv_decode", "kv_decode_large", "kv_entropy_decode")
+    for name in ("kv_encode", "kv_decode", "kv_entropy_decode")
 } | {
     "kv_entropy_encode": tuple(f"kv_entropy_encode<{dtype}>" for dtype in DTYPES)
     + tuple(f"kv_entropy_analyse<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false")),
+    "kv_decode_large": tuple(
+        f"kv_decode_large<{dtype}, {fast}>" for dtype in DTYPES for fast in ("true", "false")
+    )
+    + ("kv_decode_sizes",),
     "kv_encode_large": tuple(
         f"kv_encode_large<{dtype}, {fast}, {phase}>"
         for dtype in DTYPES
@@ -60,6 +64,7 @@ def encode(
     *,
     aligned: bool,
     blocks: int | None = None,
+    device_blocks: int | None = None,
     regions_ptr: int = 0,
     cursors_ptr: int = 0,
     exchange_ptr: int = 0,
@@ -75,7 +80,8 @@ def encode(
         dtype: ``float16`` or ``bfloat16``.
         bounds: one a part.
         aligned: whether every page address is a multiple of 8.
-        blocks: thread blocks to use at most; one a page when None.
+        blocks: thread blocks at most of the launch that writes payloads; one a page (or chunk) when None.
+        device_blocks: likewise of the launches before, which touch nothing but pages and scratch.
         regions_ptr: address of uint32[num_pages], each page's index into the cursors; 0: all have index 0.
         cursors_ptr: device address of uint32 cursors, room taken in each region in units of 16 bytes; zero them
             before the first launch. A payload then lies 16 x its row's place (word 3) after its region's address.
@@ -102,7 +108,8 @@ def encode(
             continue
         expression = f"kv_encode_large<{dtype}, {_bool(fast)}, {phase}>"
         types = "Q" * 20 + "qqdqqd"
-        _launch("kv_encode_large", expression, geometry, num_pages * chunks, blocks, types, arguments)
+        most = blocks if phase == PHASES - 1 else device_blocks
+        _launch("kv_encode_large", expression, geometry, num_pages * chunks, most, types, arguments)
 
 
 @functools.lru_cache(1024)
@@ -128,12 +135,14 @@ def decode(
     aligned: bool,
     blocks: int | None = None,
     exchange_ptr: int = 0,
+    sizes_ptr: int = 0,
 ) -> None:
     """Decode ``num_pages`` pages; ``status`` (uint32[num_pages], device) becomes 0 where a page is good.
 
     Args:
         payloads_ptr: as in ``encode``; the row's place counts from there.
-        rows_ptr, pages_ptr, num_pages, dtype, geometry, blocks, exchange_ptr: as in ``encode``.
+        rows_ptr, pages_ptr, num_pages, dtype, geometry, exchange_ptr, sizes_ptr: as in ``encode``.
+        blocks: thread blocks at most; one a page (or chunk) when None.
         aligned: whether every page address is a multiple of 4.
     """
     assert num_pages > 0 and rows_ptr % 16 == 0
@@ -144,9 +153,13 @@ def decode(
         expression = f"kv_decode<{dtype}, {fast}>"
         _launch("kv_decode", expression, geometry, num_pages, blocks, "Q" * 16, (*before, *after))
         return
-    assert exchange_ptr and exchange_ptr % 16 == 0
-    expression, arguments = f"kv_decode_large<{dtype}, {fast}>", (*before, exchange_ptr, *after)
-    _launch("kv_decode_large", expression, geometry, num_pages * chunks, blocks, "Q" * 17, arguments)
+    assert exchange_ptr and exchange_ptr % 16 == 0 and sizes_ptr and sizes_ptr % 4 == 0
+    warps = MAX_THREADS // 32  # each takes a chunk
+    grid = min(-(-num_pages * chunks // warps), blocks or num_pages * chunks)
+    first = payloads_ptr, rows_ptr, num_pages, sizes_ptr, *after
+    launch("kv_decode_large", "kv_decode_sizes", grid, MAX_THREADS, "Q" * 15, first)
+    expression, arguments = f"kv_decode_large<{dtype}, {fast}>", (*before, exchange_ptr, sizes_ptr, *after)
+    _launch("kv_decode_large", expression, geometry, num_pages * chunks, blocks, "Q" * 18, arguments)
 
 
 def num_chunks(geometry: Geometry) -> int:
@@ -168,14 +181,15 @@ def encode_entropy(
     *,
     aligned: bool,
     blocks: int | None = None,
+    device_blocks: int | None = None,
     regions_ptr: int = 0,
     cursors_ptr: int = 0,
 ) -> None:
     """Encode ``num_pages`` pages with coding ``entropy``, after ``encode`` has put them in slots with ``fixed``.
 
     Args:
-        pages_ptr, payloads_ptr, rows_ptr, num_pages, dtype, geometry, blocks, regions_ptr, cursors_ptr: as in
-            ``encode``.
+        pages_ptr, payloads_ptr, rows_ptr, num_pages, dtype, geometry, blocks, device_blocks, regions_ptr,
+            cursors_ptr: as in ``encode``.
         fixed_rows_ptr: the rows that ``encode`` wrote, given no cursors.
         slots_ptr: device or mapped address of uint64[num_pages], the slots that ``encode`` was given as payloads:
             ``entropy_slot_bytes`` each, in device memory, 16-byte aligned.
@@ -186,8 +200,9 @@ def encode_entropy(
     first, grid, threads = _entropy_launch(tables, tables_ptr, geometry, num_pages, blocks)
     after = _geometry_arguments(geometry)
     fast = _bool(aligned and _is_fast(geometry))
+    most = min(num_pages, device_blocks or num_pages)
     launch(
-        "kv_entropy_encode", f"kv_entropy_analyse<{dtype}, {fast}>", grid, threads, "Q" * 16,
+        "kv_entropy_encode", f"kv_entropy_analyse<{dtype}, {fast}>", most, threads, "Q" * 16,
         (pages_ptr, fixed_rows_ptr, slots_ptr, num_pages, first[1], *after),
     )  # fmt: skip
     pointers = fixed_rows_ptr, slots_ptr, payloads_ptr, rows_ptr, regions_ptr, cursors_ptr

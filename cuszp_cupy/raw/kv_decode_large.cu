@@ -1,8 +1,10 @@
 // kv_decode_large: decodes pages of more than one chunk (1024 groups), a thread block a chunk. Where a chunk's words begin
-// follows from the width codes before it, which every block adds up for itself.
+// follows from the width codes before it, so kv_decode_sizes goes first and adds them up, a warp a chunk: payloads may
+// lie in host memory, where each block would otherwise read all those codes anew over the link.
 //
 //   in, out   as for kv_decode
-//   i/o  exchange[num_pages]  Exchange   zero before, and after
+//   i/o  exchange[num_pages]        Exchange   zero before, and after
+//   i/o  sizes[num_pages x chunks]  u32        of the chunks, in words, but for each page's last
 //   FAST: token groups, pages 4-byte aligned
 //   grid any (chunks are taken in turn)     block, shared  as for kv_decode
 //
@@ -24,10 +26,28 @@ __device__ inline u32 words_of(u32 w) {
     return words;
 }
 
+__global__ void __launch_bounds__(MAX_THREADS) kv_decode_sizes(
+    const u64* __restrict__ payloads, const uint4* __restrict__ rows, u32 num_pages, u32* __restrict__ sizes,
+    u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
+    u32 tokens, u32 channels, u32 widths, u32 outer) {
+    const Geometry g = {groups, groups_per_row, row_stride, pair_stride, values, period, kw, tokens, channels, widths, outer};
+    const u32 lane = threadIdx.x & 31, warps = blockDim.x / 32;
+    const u32 chunks = (groups + 2 * MAX_THREADS - 1) / (2 * MAX_THREADS);
+    for (u32 task = blockIdx.x * warps + threadIdx.x / 32; task < num_pages * chunks; task += gridDim.x * warps) {
+        const u32 index = task / chunks, chunk = task - index * chunks;
+        const uint4 row = rows[index];
+        const Row said(row, g);
+        if (!said.good || said.raw || chunk + 1 == chunks) continue;
+        const uint4 w = ((const uint4*)(payloads[index] + 16ull * row.w))[MAX_THREADS / 16 * chunk + lane];
+        const u32 words = __reduce_add_sync(FULL, words_of(w.x) + words_of(w.y) + words_of(w.z) + words_of(w.w));
+        if (lane == 0) sizes[task] = words;
+    }
+}
+
 template <typename T, bool FAST>
 __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
     const u64* __restrict__ payloads, const uint4* __restrict__ rows, const u64* __restrict__ pages,
-    u32* __restrict__ status, u32 num_pages, Exchange* exchange,
+    u32* __restrict__ status, u32 num_pages, Exchange* exchange, const u32* __restrict__ sizes,
     u32 groups, u32 groups_per_row, u32 row_stride, u32 pair_stride, u32 values, u32 period, u32 kw,
     u32 tokens, u32 channels, u32 widths, u32 outer) {
     __shared__ Shared shared;
@@ -53,10 +73,7 @@ __global__ void __launch_bounds__(MAX_THREADS, FAST ? 2 : 1) kv_decode_large(
         __syncthreads();   // nobody is at work on the chunk before any more
         if (tid < 2) shared.grid[tid] = Grid(tid ? said.s1 : said.s0);
         if (!said.raw && chunk) {
-            for (u32 i = tid; i < chunk * blockDim.x / 16; i += blockDim.x) {
-                const uint4 w = ((const uint4*)payload)[i];
-                words += words_of(w.x) + words_of(w.y) + words_of(w.z) + words_of(w.w);
-            }
+            for (u32 i = tid; i < chunk; i += blockDim.x) words += sizes[index * chunks + i];
             block_scan(words, shared.scan, words);
             __syncthreads();
         }
