@@ -116,6 +116,13 @@ MUTANTS = [
         "x.top[tid] = shared.top[tid];",
         EQUAL,
     ),
+    Mutant(
+        "words of other chunks",
+        "kv_decode_large.cu",
+        "words += sizes[index * chunks + i];",
+        "words += sizes[i];",
+        EQUAL,
+    ),
     Mutant("exchange left as it is", "kv_encode_large.cu", "x = Exchange{};", ";", PIPELINE),
     Mutant("rows with any step", "kv_decode.cuh", "abs(s0) <= STEP_LIMIT && ", "", DAMAGE),
     Mutant(
