@@ -121,6 +121,31 @@ def test_slots_of_a_soak_are_distinct():
             )
 
 
+def test_a_soak_tells_which_pages_came_back_wrong():
+    class Found(np.ndarray):
+        def get(self, stream):
+            return np.asarray(self)
+
+    done = types.SimpleNamespace(synchronize=lambda: None)
+    transfer = types.SimpleNamespace(query=lambda: True, transport="staged", failed={7: "its checksum is wrong"})
+    expected = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    loaded = expected.copy()
+    loaded[1, 1:3], loaded[2, 3] = 99, 99
+    slots, addresses = np.array([5, 7, 9]), np.array([1 << 40, 32, 48])
+    found = soak.differences(loaded, expected).view(Found)
+    wrong = soak.Load(transfer, slots, addresses, np.array([False, False, True]), found, done).wrong(None)
+    assert [(p["slot"], p["differ"], p["first"], p["last"], p["raw"], p["reason"]) for p in wrong] == [
+        (7, 2, 1, 2, False, "its checksum is wrong"),
+        (9, 1, 3, 3, True, None),
+    ]
+    assert soak.Load(transfer, slots[:1], addresses, slots < 0, found[:, :1], done).wrong(None) == []
+    result = {
+        "seconds": 1.0, "calls": {}, "growth_bytes": {}, "pages_stored": 0, "pages_loaded": 3, "mismatches": 2,
+        "damaged": 1, "wrong": wrong, "fragmentation": {"largest": 0.0, "last": 0.0},
+    }  # fmt: skip
+    assert "wrong: slot 7, address 32, raw False, transport staged" in "\n".join(report.soak_lines(result))
+
+
 # --- libcuSZp ---------------------------------------------------------------------------------------------
 def test_missing_library_is_noted_once_with_what_to_do(monkeypatch):
     monkeypatch.setenv("CUSZP_LIBRARY", "/nowhere/libcuSZp.so")
@@ -287,7 +312,7 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, capsys):
 def test_a_short_soak_finds_nothing(coding):
     for minutes in (0.05, 0.5):  # a busy machine has time for too few calls in the first
         result = soak.soak(minutes, "rms:0.05", coding)
-        assert result["mismatches"] == result["damaged"] == 0
+        assert (result["mismatches"], result["damaged"]) == (0, 0), result
         evicted = coding == "entropy" or "evictions" in result["calls"]  # its pages are smaller, and come slower
         if evicted and result["pages_loaded"] > 100:
             break

@@ -460,6 +460,7 @@ def soak_lines(result: dict) -> list[str]:
         f"{result['seconds']:.0f} s: {result['pages_stored']} pages stored, {result['pages_loaded']} loaded",
         f"calls: {calls}",
         f"mismatches: {result['mismatches']}; damaged pages: {result['damaged']}",
+        *(f"wrong: {', '.join(f'{k} {v}' for k, v in page.items())}" for page in result.get("wrong", [])),
         f"memory since the warm-up: {growth}; fragmentation of the arena: largest "
         f"{result['fragmentation']['largest']:.2f}, last {result['fragmentation']['last']:.2f}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +18,7 @@ ARENA_SHARE = 0.4  # of the raw size of all slots: too little, so that old pages
 RING_BYTES = 4 << 20  # small, so that batches take several tiles
 MOST_PAGES = 512  # of a call
 NUM_STREAMS, MOST_IN_FLIGHT = 4, 24
+MOST_TOLD = 20  # wrong pages that are described
 WARM_SHARE = 0.2  # of the time, until memory must not grow any more
 
 
@@ -54,12 +56,41 @@ def library(bound: str, coding: str) -> tuple[np.ndarray, np.ndarray, swap.PageS
     return x.reshape(len(x), -1), decoded.reshape(len(x), -1), pages
 
 
-def check(stream, loaded, expected, content, wrong) -> None:
-    """Add to ``wrong`` on ``stream`` how many of the pages ``loaded`` differ from ``expected[content]``."""
-    import cupy
+def differences(loaded, expected, xp=np):
+    """Return (3, n): how many values of each page differ, the first one and the last; ``xp``: NumPy or CuPy."""
+    differ = loaded != expected
+    last = differ.shape[1] - 1 - differ[:, ::-1].argmax(axis=1)
+    return xp.stack([differ.sum(axis=1), differ.argmax(axis=1), last])
 
-    with stream:
-        wrong += (loaded != expected[cupy.asarray(content)]).any(axis=1).sum().astype(wrong.dtype)
+
+@dataclass
+class Load:
+    """A load, and its ``differences`` from what it must bring, which are there after ``done``.
+
+    ``slots`` and what was known of them when it was called: ``addresses`` as in ``PageTable``, whether ``raw``.
+    """
+
+    transfer: object
+    slots: np.ndarray
+    addresses: np.ndarray
+    raw: np.ndarray
+    differences: object
+    done: object
+
+    def wrong(self, reader) -> list[dict]:
+        """Wait; return what can be told of each wrong page; ``reader``: the stream to copy on."""
+        self.done.synchronize()
+        self.transfer.query()
+        counts, first, last = self.differences.get(stream=reader)
+        return [
+            {
+                "slot": int(self.slots[i]), "address": int(self.addresses[i]), "raw": bool(self.raw[i]),
+                "transport": self.transfer.transport, "pages": len(self.slots), "differ": int(counts[i]),
+                "first": int(first[i]), "last": int(last[i]),
+                "reason": self.transfer.failed.get(int(self.slots[i])),
+            }
+            for i in np.flatnonzero(counts)
+        ]  # fmt: skip
 
 
 def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: int = 0) -> dict:
@@ -68,6 +99,7 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     Returns:
         ``seconds``; ``calls`` of each kind and ``evictions``; ``pages_stored``, ``pages_loaded``, ``mismatches``
         (pages that came back other than expected), ``damaged`` (pages whose checksum failed);
+        ``wrong``, what can be told of the first mismatches (``Load.wrong``);
         ``growth_bytes`` since the warm-up, of ``device`` (all processes on it), ``pool`` (CuPy's), ``arguments``
         (the pipelines', pinned and as much on the device) and ``host`` (what the process holds);
         ``fragmentation`` of the arena, the largest and the last.
@@ -87,10 +119,20 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     source, expected = cupy.asarray(x), cupy.asarray(np.concatenate([decoded, x]))  # as stored raw: unchanged
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(NUM_STREAMS)]
     targets = [cupy.empty((MOST_PAGES, size // 2), cupy.uint16) for _ in streams]
-    wrong = [cupy.zeros(1, cupy.int64) for _ in streams]
+    reader, wrong, mismatches = cupy.cuda.Stream(non_blocking=True), [], 0
     cupy.cuda.Device().synchronize()
     calls, in_flight, fragmentation = Counter(), deque(), [0.0]
     stored = loaded = 0
+
+    def finish() -> None:
+        nonlocal mismatches
+        oldest = in_flight.popleft()
+        if not isinstance(oldest, Load):
+            return oldest.done.synchronize()
+        found = oldest.wrong(reader)
+        mismatches += len(found)
+        wrong.extend(found[: MOST_TOLD - len(wrong)])
+
     begin, base = time.monotonic(), None
     while (passed := time.monotonic() - begin) < 60 * minutes or base is None:
         if base is None and passed >= 60 * minutes * WARM_SHARE:
@@ -119,7 +161,7 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
                 model.content[gone] = -1
                 calls["evictions"] += 1
                 continue
-            raw = transfer.transport == "raw"
+            call, raw = transfer, transfer.transport == "raw"
             model.store(slots, ids + len(x) * raw, raw)
             stored += slots.size
         elif what < 0.9 and full.size:
@@ -128,8 +170,11 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
             with stream:
                 target.fill(0x5A5A)
             addresses = swap.pointers(target, np.arange(slots.size), size)
+            content, places = model.content[slots], pipeline.table.address[slots]
             transfer = pipeline.load(slots, addresses, stream, transport=transport)
-            check(stream, target, expected, model.content[slots], wrong[which])
+            with stream:
+                found = differences(target, expected[cupy.asarray(content)], cupy)
+            call = Load(transfer, slots, places, content >= len(x), found, stream.record())
             loaded += slots.size
         elif full.size:
             slots = rng.choice(full, min(num, full.size), replace=False)
@@ -140,19 +185,19 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
         else:
             continue
         calls[f"{transfer.direction} {transfer.transport}"] += 1
-        in_flight.append(transfer)
+        in_flight.append(call)
         while len(in_flight) > MOST_IN_FLIGHT:
-            in_flight.popleft().done.synchronize()
+            finish()
         if sum(calls.values()) % 1000 == 0:
             step(f"soak: {passed:.0f} s, {stored} pages stored, {loaded} loaded")
     for pipeline, _ in sides:
         pipeline.synchronize()
-    for stream in streams:
-        stream.synchronize()
+    while in_flight:
+        finish()
     after, fragments = memory(sides), arena.memory()["fragmentation"]
     return {
         "seconds": time.monotonic() - begin, "calls": dict(calls), "pages_stored": stored, "pages_loaded": loaded,
-        "mismatches": sum(int(each.get()[0]) for each in wrong),
+        "mismatches": mismatches, "wrong": wrong,
         "damaged": sum(pipeline.stats.failed_pages for pipeline, _ in sides),
         "growth_bytes": {name: after[name] - base[name] for name in after},
         "fragmentation": {"largest": max(*fragmentation, fragments), "last": fragments},
