@@ -126,19 +126,18 @@ def test_a_soak_tells_which_pages_came_back_wrong():
         def get(self, stream):
             return np.asarray(self)
 
-    done = types.SimpleNamespace(synchronize=lambda: None)
     transfer = types.SimpleNamespace(query=lambda: True, transport="staged", failed={7: "its checksum is wrong"})
     expected = np.arange(12, dtype=np.uint16).reshape(3, 4)
     loaded = expected.copy()
     loaded[1, 1:3], loaded[2, 3] = 99, 99
     slots, addresses = np.array([5, 7, 9]), np.array([1 << 40, 32, 48])
     found = soak.differences(loaded, expected).view(Found)
-    wrong = soak.Load(transfer, slots, addresses, np.array([False, False, True]), found, done).wrong(None)
+    wrong = soak.Load(transfer, slots, addresses, np.array([False, False, True]), found, None).wrong(None)
     assert [(p["slot"], p["differ"], p["first"], p["last"], p["raw"], p["reason"]) for p in wrong] == [
         (7, 2, 1, 2, False, "its checksum is wrong"),
         (9, 1, 3, 3, True, None),
     ]
-    assert soak.Load(transfer, slots[:1], addresses, slots < 0, found[:, :1], done).wrong(None) == []
+    assert soak.Load(transfer, slots[:1], addresses, slots < 0, found[:, :1], None).wrong(None) == []
     result = {
         "seconds": 1.0, "calls": {}, "growth_bytes": {}, "pages_stored": 0, "pages_loaded": 3, "mismatches": 2,
         "damaged": 1, "wrong": wrong, "fragmentation": {"largest": 0.0, "last": 0.0},

@@ -78,8 +78,7 @@ class Load:
     done: object
 
     def wrong(self, reader) -> list[dict]:
-        """Wait; return what can be told of each wrong page; ``reader``: the stream to copy on."""
-        self.done.synchronize()
+        """Return what can be told of each wrong page, once it is done; ``reader``: the stream to copy on."""
         self.transfer.query()
         counts, first, last = self.differences.get(stream=reader)
         return [
@@ -98,7 +97,7 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
 
     Returns:
         ``seconds``; ``calls`` of each kind and ``evictions``; ``pages_stored``, ``pages_loaded``, ``mismatches``
-        (pages that came back other than expected), ``damaged`` (pages whose checksum failed);
+        (pages that came back other than expected), ``damaged`` (how many of them were named as damaged);
         ``wrong``, what can be told of the first mismatches (``Load.wrong``);
         ``growth_bytes`` since the warm-up, of ``device`` (all processes on it), ``pool`` (CuPy's), ``arguments``
         (the pipelines', pinned and as much on the device) and ``host`` (what the process holds);
@@ -119,18 +118,18 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     source, expected = cupy.asarray(x), cupy.asarray(np.concatenate([decoded, x]))  # as stored raw: unchanged
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(NUM_STREAMS)]
     targets = [cupy.empty((MOST_PAGES, size // 2), cupy.uint16) for _ in streams]
-    reader, wrong, mismatches = cupy.cuda.Stream(non_blocking=True), [], 0
+    reader, wrong = cupy.cuda.Stream(non_blocking=True), []
     cupy.cuda.Device().synchronize()
     calls, in_flight, fragmentation = Counter(), deque(), [0.0]
-    stored = loaded = 0
+    stored = loaded = mismatches = damaged = 0
 
     def finish() -> None:
-        nonlocal mismatches
+        nonlocal mismatches, damaged
         oldest = in_flight.popleft()
-        if not isinstance(oldest, Load):
-            return oldest.done.synchronize()
-        found = oldest.wrong(reader)
+        oldest.done.synchronize()
+        found = oldest.wrong(reader) if isinstance(oldest, Load) else []
         mismatches += len(found)
+        damaged += sum(page["reason"] is not None for page in found)
         wrong.extend(found[: MOST_TOLD - len(wrong)])
 
     begin, base = time.monotonic(), None
@@ -197,8 +196,7 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     after, fragments = memory(sides), arena.memory()["fragmentation"]
     return {
         "seconds": time.monotonic() - begin, "calls": dict(calls), "pages_stored": stored, "pages_loaded": loaded,
-        "mismatches": mismatches, "wrong": wrong,
-        "damaged": sum(pipeline.stats.failed_pages for pipeline, _ in sides),
+        "mismatches": mismatches, "damaged": damaged, "wrong": wrong,
         "growth_bytes": {name: after[name] - base[name] for name in after},
         "fragmentation": {"largest": max(*fragmentation, fragments), "last": fragments},
     }  # fmt: skip
