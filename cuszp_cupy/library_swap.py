@@ -113,7 +113,7 @@ class LibrarySwap:
         except BaseException as error:
             self._fail(transfer, error)
             raise
-        self.stats.failed_pages += len(transfer.failed)
+        self.stats.failed_pages += int(np.isin(slots, list(transfer.failed)).sum())
         return transfer
 
     def drop(self, slots: np.ndarray) -> None:

@@ -641,7 +641,7 @@ class SwapPipeline:
             return 0, 0
         found = failures(transfer._block.status)
         transfer.failed = {int(transfer.slots[i]): reason for i, reason in found.items()}
-        self.stats.failed_pages += len(transfer.failed)
+        self.stats.failed_pages += len(found)
         num_known, num_pending, _ = transfer._counts
         pending = transfer.slots[num_known : num_known + num_pending]
         payload = int(self.table.memory[pending, 1].sum(dtype=np.int64))
@@ -745,7 +745,8 @@ class SwapPipeline:
 
     def _new_block(self, num_pages: int) -> Block:
         capacity = max(256, 1 << (num_pages - 1).bit_length())
-        host, device = pinned(Block.BYTES * capacity), self._allocate(Block.BYTES * capacity)
+        with self._lanes["store"].codec:  # what CuPy has for another stream, that one may still be using
+            host, device = pinned(Block.BYTES * capacity), self._allocate(Block.BYTES * capacity)
         self._block_bytes += Block.BYTES * capacity
         return Block(capacity, host, device, mapped_pointer(host.ctypes.data, "arguments"))
 

@@ -92,7 +92,7 @@ class Counters:
         raw_pages: pages that did not shrink, or that went through transport ``raw``.
         unsupported_pages: pages that a caller kept away from the codec; the pipeline leaves it at 0.
         mispredicted: regions of staged stores that came out longer than predicted (a kernel moved the rest).
-        failed_pages: pages that came back damaged.
+        failed_pages: pages that came back damaged, a slot that a load names twice counting twice.
         failed_calls: calls that an error cut short.
     """
 

@@ -461,6 +461,8 @@ def test_damaged_stream_is_named_and_the_others_are_good(real):
         with pytest.raises(FormatError, match="1 of 12 pages are damaged: slot 2: .* not valid in mode 'fixed'"):
             load.wait()
         assert list(load.failed) == [2] and swap.stats.failed_pages == 1
+        swap.load([2, 3, 2], garbage(3))
+        assert swap.stats.failed_pages == 3, "slot 2 came back three times"
         expected.view(np.uint16)[2] = 0x7FFF  # not written
         assert_same_bits(out.get(), expected)
 

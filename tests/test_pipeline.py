@@ -17,6 +17,7 @@ from cuszp_cupy import FormatError, Geometry, pipeline, reference
 from cuszp_cupy.pipeline import HostRows, SwapPipeline
 from cuszp_cupy.raw import copy as raw_copy
 from cuszp_cupy.raw import kv
+from cuszp_cupy.transfer import Block
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 GEOMETRY = Geometry(16, 128, parts=(32, 32))  # 4 KiB, K and V side by side
@@ -256,6 +257,30 @@ def test_load_before_the_store_is_done_and_explicit_waits():
         load.wait()
         assert store.query() and "done" in repr(store)
         assert load.stats.payload_bytes == store.stats.payload_bytes
+
+
+@pytest.mark.gpu
+def test_new_arguments_do_not_lie_where_the_current_stream_is_at_work():
+    """CuPy gives freed memory out again to work on the same stream; the pipeline's runs on its own."""
+    import cupy
+
+    pages = make_pages(8)
+    caller, other = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    with make_pipeline() as swap:
+        device, out, num = on_device(pages), empty_pages(8), Block.BYTES * 256 // 2
+        warm_up(swap)
+        swap._blocks.clear()
+        with held(other), other:
+            freed = cupy.empty(num, cupy.uint16)
+            freed[...] = 1
+            place = freed.data.ptr
+            del freed
+            store = swap.store(device, range(8), caller)
+            assert store._block.capacity == 256 and store._block.device_pointers["hosts"] != place
+            assert cupy.empty(num, cupy.uint16).data.ptr == place, "which was there to be had"
+        store.wait()
+        swap.load(range(8), out).wait()
+        assert_same_bits(out.get(), through_reference(pages))
 
 
 @pytest.mark.gpu
@@ -510,6 +535,9 @@ def test_damage_in_the_arena_is_named():
         swap._host[int(swap.table.address[3]) - swap.table.base + 200] ^= 1
         with pytest.raises(FormatError, match="1 of 8 pages are damaged: slot 3: "):
             swap.load(range(8), empty_pages(8)).wait()
+        swap.load([3, 2, 3], empty_pages(3)).done.synchronize()
+        swap.synchronize()
+        assert swap.stats.failed_pages == 3, "slot 3 came back three times"
 
 
 @pytest.mark.gpu
