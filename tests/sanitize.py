@@ -34,9 +34,9 @@ def check(tool: str, file: str) -> tuple[bool, str]:
     """Run the GPU tests of a file under a tool; return whether all is clean, and a line on it."""
     began = time.monotonic()
     command = [
-        "compute-sanitizer", "--tool", tool, "--print-limit", "1000000", sys.executable, "-m", "pytest", "-q",
-        "-p", "no:cacheprovider", "-m", "gpu", "--require-gpu", "-k", f"not ({' or '.join(LEFT_OUT)})",
-        f"tests/test_{file}.py",
+        "compute-sanitizer", "--tool", tool, "--print-limit", "1000000", "--show-backtrace", "no",
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--require-gpu",
+        "-k", f"not ({' or '.join(LEFT_OUT)})", f"tests/test_{file}.py",
     ]  # fmt: skip
     env = os.environ | {"CUSZP_FUZZ_CASES": str(CASES)}
     try:
