@@ -1,9 +1,10 @@
 """compute-sanitizer over the GPU tests, at small sizes: four tools, a process a tool and file. Needs a GPU.
 
 ``python -m tests.sanitize [--jobs N] [--tools ...] [--files ...]`` prints a line each; exit status 1 if a tool
-reports anything in a kernel or a test fails. Counted apart: what initcheck says of copies (a tile of the ring is
-copied with the gaps between its payloads, which nobody wrote and nobody reads; by kv_publish too, what the copy
-left), and memory that a test asks too much of.
+reports anything in a kernel or a test fails. Counted apart: what initcheck says of copies, and memory that a test
+asks too much of. A tile of the ring is copied with the gaps between its payloads, which nobody wrote and nobody
+reads (kv_publish moves what the copy left); tests copy arrays of which only a part is written, by CuPy's kernels
+too; copy_quad's last copy takes fewer bytes than the 16 that initcheck looks at.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 500  # for one process
+COPIES = r"kv_publish|copy_quad|cupy_\w+"  # kernels, and what is compiled into them
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FILES = ("codec", "cuszp", "edges", "entropy", "fuzz", "pipeline", "faults", "offload")
 #: all bit patterns, many pages; tests of time, of memory that runs out, and of other processes
@@ -27,16 +29,19 @@ LEFT_OUT = (
     "pattern", "many_descriptors", "many_tiles", "at_once", "runs_out", "killed", "not_compile",
     "refused_at_construction", "no_device_memory", "without_memory", "inside_the_launch", "measures_and_explains",
 )  # fmt: skip
+#: under initcheck a launch waits for kernels before it, and nothing runs beside a stream that is held up
+LEFT_OUT_OF_INITCHECK = "order_on_the_callers_stream", "full_arena", "room_that_a_load_still_reads"
 CASES = 500  # of mutated pages
 
 
 def check(tool: str, file: str) -> tuple[bool, str]:
     """Run the GPU tests of a file under a tool; return whether all is clean, and a line on it."""
     began = time.monotonic()
+    names = LEFT_OUT + LEFT_OUT_OF_INITCHECK * (tool == "initcheck")
     command = [
         "compute-sanitizer", "--tool", tool, "--print-limit", "1000000", "--show-backtrace", "no",
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--require-gpu",
-        "-k", f"not ({' or '.join(LEFT_OUT)})", f"tests/test_{file}.py",
+        "-k", f"not ({' or '.join(names)})", f"tests/test_{file}.py",
     ]  # fmt: skip
     env = os.environ | {"CUSZP_FUZZ_CASES": str(CASES)}
     try:
@@ -50,8 +55,8 @@ def check(tool: str, file: str) -> tuple[bool, str]:
 def verdict(tool: str, text: str) -> tuple[bool, str]:
     """Return whether all is clean, and what there was, from what a process printed."""
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", text)
-    places = re.findall(r"^=+ +(\w.*)\n=+ +at (\w+).* in (\S+:\d+)$", text, re.MULTILINE)
-    gaps = [place for place in places if place[0].startswith("Uninitialized") and place[1] == "kv_publish"]
+    places = re.findall(r"^=+ +(\w.*)\n=+ +at (\w+)(?:.* in (\S+:\d+))?", text, re.MULTILINE)
+    gaps = [place for place in places if place[0].startswith("Uninitialized") and re.fullmatch(COPIES, place[1])]
     copies = len(gaps) + len(re.findall(r"Uninitialized access to \S+ on access by cu\w+ source", text))
     refused = len(re.findall(r"Program hit cudaErrorMemoryAllocation", text))
     said = re.findall(r"^\d+ (?:passed|failed|error).* in [\d.]+s.*$", text, re.MULTILINE)
@@ -60,7 +65,7 @@ def verdict(tool: str, text: str) -> tuple[bool, str]:
     errors, passed = int(summary[0]) - copies - refused, not re.search("failed|error", said[-1])
     also = f", {copies} in copies" * (copies > 0) + f", {refused} of memory refused" * (refused > 0)
     told = Counter(place for place in places if place not in gaps)
-    found = "".join(f"\n  {number} x {' at '.join(place)}" for place, number in told.items())
+    found = "".join(f"\n  {number} x {' at '.join(filter(None, place))}" for place, number in told.items())
     clean = passed and errors == 0 and (tool == "initcheck" or not copies)
     return clean, f"{errors} errors{also}; {said[-1]}{found}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -568,8 +569,8 @@ def test_kernels_on_damaged_streams(device, mode):
         assert status == 1, f"cut at {cut}"
         again, _ = device.decompress(stream, n, "float32", 0.01, mode, stream_bytes=cut)
         assert values.tobytes() == again.tobytes(), f"cut at {cut}: bytes past the end were used"
-    # Every rate byte, at the first and the last block and in the padding.
-    for rate in range(256):
+    # Every rate byte (under a sanitizer: some), at the first and the last block and in the padding.
+    for rate in rng.permutation(256)[: int(os.environ.get("CUSZP_FUZZ_CASES", 2560)) // 10].tolist():
         for at in (0, 2187, 2188):
             damaged = bytearray(stream)
             damaged[at] = rate

@@ -1,6 +1,7 @@
 """What is mutated, damaged or hostile is refused by FormatError, or gives a right result; kernels included.
 
-``CUSZP_FUZZ_CASES``: mutated cases for the reference and for the kernels, instead of the few of an ordinary run.
+``CUSZP_FUZZ_CASES``: mutated cases for the reference and for the kernels, instead of the few of an ordinary run;
+``CUSZP_FUZZ_SEED``: others for the kernels, so that processes can share the work.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from cuszp_cupy.reference import decode_page, decompress
 from cuszp_cupy.tables import BUILT_IN, MOST_FILE_BYTES, Tables
 
 GOLDEN_ERRORS = Path(__file__).parent / "golden-errors"
-CASES = int(os.environ.get("CUSZP_FUZZ_CASES", 0))
+CASES, SEED = (int(os.environ.get(f"CUSZP_FUZZ_{name}", 0)) for name in ("CASES", "SEED"))
 
 
 # --- mutated ----------------------------------------------------------------------------------------------
@@ -329,7 +330,7 @@ def test_the_comparison_with_kernels_fails():
 def test_kernels_on_mutated_pages():
     """About 10,000 rows and payloads, or CUSZP_FUZZ_CASES: the reference's verdict, and not a byte elsewhere."""
     gpu, seen = OnGpu(), np.zeros(2, int)
-    for i, (rows, slots, dtype, geometry, tables) in enumerate(batches(seed=1, count=CASES or 10_000)):
+    for i, (rows, slots, dtype, geometry, tables) in enumerate(batches(seed=1 + SEED, count=CASES or 10_000)):
         pages, status = gpu.decode(rows, slots, dtype, geometry, tables, shift=2 * (i % 2))
         verdicts = [
             verdict(row, slot.tobytes(), dtype, geometry, tables) for row, slot in zip(rows, slots, strict=True)
@@ -345,7 +346,7 @@ def test_kernels_on_mutated_streams():
     """2,000 streams, or a fifth of CUSZP_FUZZ_CASES: status or the reference's values; guards hold."""
     device, seen = Device(70_000), np.zeros(2, int)
     for number in range(CASES // 5 or 2000):
-        case = fuzz.mutated_stream(2, number)
+        case = fuzz.mutated_stream(2 + SEED, number)
         n, dtype, eb, mode = case.arguments
         values, status = device.decompress(case.data, n, dtype, eb, mode)
         area = case.data[: rate_bytes(n)]
