@@ -158,6 +158,13 @@ MUTANTS = [
     ),
     Mutant("signs at the end", "kv_entropy_decode.cu", "(last && decoder.x >> 16 != 1)", "false", ENTROPY),
     Mutant(
+        "lanes that part",
+        "kv_entropy_decode.cu",
+        "bad = __reduce_or_sync(FULL, bad);   // lanes",
+        "// lanes",
+        "tests/test_fuzz.py -k kernels_on_golden_errors",
+    ),
+    Mutant(
         "other tables", "kv_entropy_decode.cu", "if (!row_good || id != tables_id) {", "if (!row_good) {", ENTROPY
     ),
     Mutant(

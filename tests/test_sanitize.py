@@ -13,7 +13,7 @@ READ = (
 )
 GAP = READ.replace("write_streams(unsigned int *, const Slot &)", "kv_publish")
 CUPY = (  # compiled without its source's lines
-    "=========     Uninitialized __global__ memory read of size 1 bytes\n"
+    "..=========     Uninitialized __global__ memory read of size 1 bytes\n"
     "=========     at cupy_copy__uint8_uint8+0x90\n"
     "=========     by thread (96,0,0) in block (2,0,0)\n"
 )
@@ -41,8 +41,8 @@ def test_the_files_are_there_and_what_is_left_out_names_tests():
         ("initcheck", READ + CLEAN.replace(": 0", ": 1"),
          "\n  1 x Uninitialized __global__ memory read of size 4 bytes at write_streams at kv_entropy_", 1),
         ("initcheck", GAP + COPY + CLEAN.replace(": 0", ": 2"), ": 0 errors, 2 in copies; 12 passed", 0),
-        ("initcheck", 2 * CUPY + CLEAN.replace(": 0", ": 2"), ": 0 errors, 2 in copies; 12 passed", 0),
-        ("initcheck", CUPY.replace("cupy_", "my_") + CLEAN.replace(": 0", ": 1"), " at my_copy__uint8_uint8", 1),
+        ("initcheck", 2 * CUPY + CLEAN.replace(": 0", ": 2"), "2 x Uninitialized __global__ memory read of", 1),
+        ("initcheck", "." + GAP + CLEAN.replace(": 0", ": 1"), ": 0 errors, 1 in copies; 12 passed", 0),
         ("initcheck", GAP + READ + CLEAN.replace(": 0", ": 2"), ": 1 errors, 1 in copies; 12 passed", 1),
         ("memcheck", CLEAN.replace(": 0", ": 2") + 2 * REFUSED, ": 0 errors, 2 of memory refused; 12 passed", 0),
         ("memcheck", CLEAN.replace(": 0", ": 1") + REFUSED.replace("MemoryAllocation", "InvalidValue"),

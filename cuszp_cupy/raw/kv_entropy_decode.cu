@@ -284,6 +284,7 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
                 if (restore.any & ~MAGNITUDE_MASK) bad |= BAD_STREAMS;
             }
             if (decoder.position != 2 * start) bad |= BAD_STREAMS;
+            bad = __reduce_or_sync(FULL, bad);   // lanes that found nothing must not go on to the next stream alone
         }
         bad = __reduce_or_sync(FULL, bad);
         if (lane == 0) shared_bad[warp] = bad;
