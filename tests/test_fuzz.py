@@ -226,6 +226,7 @@ def verdict(row, slot: bytes, dtype: str, geometry: Geometry, tables: Tables) ->
         return None
 
 
+SECONDS = 120  # for kernels that take milliseconds, under a sanitizer seconds
 ONE_CHUNK = 64 * 1024  # bytes of a page that one thread block decodes: it checks all before it writes
 
 
@@ -293,6 +294,11 @@ class OnGpu:
             for _ in range(2):  # what damaged pages leave in the exchange must not disturb the next launch
                 kv.decode(*arguments, **scratch, **options)
             kv.decode_entropy(*arguments, tables, tables_ptr, **options)
+            end, done = time.monotonic() + SECONDS, device.stream.record()
+            while not done.done:
+                if time.monotonic() > end:  # nothing that comes after would end either
+                    pytest.exit(f"the kernels hang: {num} pages of {geometry}, {SECONDS} s", returncode=1)
+                time.sleep(1e-4)
             device.unguarded(exchange_memory, num * kv.EXCHANGE_BYTES)
             device.unguarded(sizes_memory, 4 * num_sizes)
             for (buffer, _), each in zip(memory, inputs, strict=True):
