@@ -199,6 +199,15 @@ def shuffle(rng, blob, other, start):
     blob[a : a + 2], blob[b : b + 2] = blob[b : b + 2], blob[a : a + 2]
 
 
+def flip_late(rng, blob, streams: int) -> None:
+    """Flip a bit of the last half-words of a stream of coding ``entropy``: wrong for one lane, or few."""
+    sizes = struct.unpack_from(f"<{streams}H", blob, HEADER_BYTES + 2)
+    which = rng.randrange(streams)
+    end = 1 + streams + sum(sizes[: which + 1])
+    at = HEADER_BYTES + 2 * (end - 1 - rng.randrange(min(96, sizes[which])))
+    blob[at + rng.randrange(2)] ^= 1 << rng.randrange(8)
+
+
 BYTES = (flip, flip, set_byte, set_half_word, truncate, extend, cut, repeat, splice, shuffle)
 
 
@@ -276,13 +285,16 @@ def mutated_slot(seed: int, number: int, cases: list[Case]) -> tuple[list[int], 
     """Return a table row and the memory of a slot, of one of ``cases`` (of one geometry), changed likewise."""
     rng = random.Random(seed << 40 | number)
     source, other = rng.choice(cases), rng.choice(cases)
-    blob, geometry = bytearray(source.data), PageHeader.parse(source.data).geometry
-    for _ in range(rng.choice((1, 1, 2, 4))):
+    blob, header = bytearray(source.data), PageHeader.parse(source.data)
+    geometry, late = header.geometry, header.coding == "entropy" and rng.random() < 0.3
+    if late:
+        flip_late(rng, blob, len(geometry.streams))
+    for _ in range(0 if late else rng.choice((1, 1, 2, 4))):
         if len(blob) > HEADER_BYTES:
             rng.choice(BYTES)(rng, blob, other.data, HEADER_BYTES)
     if rng.random() < 0.75:
         blob[24:28] = (len(blob) - HEADER_BYTES).to_bytes(4, "little")
-    if rng.random() < 0.3:
+    if not late and rng.random() < 0.3:
         at = rng.choice((4, 4, 24, 28)) + rng.randrange(4)
         blob[at] ^= rng.choice((1 << rng.randrange(8), rng.randrange(1, 256)))
     slot_bytes = -(-geometry.nbytes // 16) * 16
