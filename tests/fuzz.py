@@ -289,9 +289,10 @@ def mutated_slot(seed: int, number: int, cases: list[Case]) -> tuple[list[int], 
     geometry, late = header.geometry, header.coding == "entropy" and rng.random() < 0.3
     if late:
         flip_late(rng, blob, len(geometry.streams))
-    for _ in range(0 if late else rng.choice((1, 1, 2, 4))):
-        if len(blob) > HEADER_BYTES:
-            rng.choice(BYTES)(rng, blob, other.data, HEADER_BYTES)
+    else:
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            if len(blob) > HEADER_BYTES:
+                rng.choice(BYTES)(rng, blob, other.data, HEADER_BYTES)
     if rng.random() < 0.75:
         blob[24:28] = (len(blob) - HEADER_BYTES).to_bytes(4, "little")
     if not late and rng.random() < 0.3:

@@ -17,7 +17,7 @@ from pathlib import Path
 import fuzz
 import numpy as np
 import pytest
-from test_cuszp import GUARD, Device, payload_bytes
+from test_cuszp import CASES, GUARD, Device, payload_bytes
 
 from cuszp_cupy.evaluation import data
 from cuszp_cupy.format import (
@@ -33,7 +33,7 @@ from cuszp_cupy.reference import decode_page, decompress
 from cuszp_cupy.tables import BUILT_IN, MOST_FILE_BYTES, Tables
 
 GOLDEN_ERRORS = Path(__file__).parent / "golden-errors"
-CASES, SEED = (int(os.environ.get(f"CUSZP_FUZZ_{name}", 0)) for name in ("CASES", "SEED"))
+SEED = int(os.environ.get("CUSZP_FUZZ_SEED", 0))
 
 
 # --- mutated ----------------------------------------------------------------------------------------------
@@ -346,11 +346,8 @@ def test_kernels_on_golden_errors(name):
     slots = np.stack([np.frombuffer(slot, np.uint8) for slot in slots])
     pages, status = OnGpu().decode(rows, slots, header.dtype, header.geometry, BUILT_IN, shift=0)
     expected = decode_page(good).tobytes()
-    assert [page.tobytes() == expected for page in pages[::2]] == [True, True] and (status != 0).tolist() == [
-        0,
-        1,
-        0,
-    ]
+    assert [page.tobytes() == expected for page in pages[::2]] == [True, True]
+    assert (status != 0).tolist() == [False, True, False]
 
 
 @pytest.mark.gpu

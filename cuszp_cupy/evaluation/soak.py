@@ -97,7 +97,7 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
 
     Returns:
         ``seconds``; ``calls`` of each kind and ``evictions``; ``pages_stored``, ``pages_loaded``, ``mismatches``
-        (pages that came back other than expected), ``damaged`` (how many of them were named as damaged);
+        (pages that came back other than expected), ``damaged`` (pages that were named as damaged);
         ``wrong``, what can be told of the first mismatches (``Load.wrong``);
         ``growth_bytes`` since the warm-up, of ``device`` (all processes on it), ``pool`` (CuPy's), ``arguments``
         (the pipelines', pinned and as much on the device) and ``host`` (what the process holds);
@@ -121,15 +121,14 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     reader, wrong = cupy.cuda.Stream(non_blocking=True), []
     cupy.cuda.Device().synchronize()
     calls, in_flight, fragmentation = Counter(), deque(), [0.0]
-    stored = loaded = mismatches = damaged = 0
+    stored = loaded = mismatches = 0
 
     def finish() -> None:
-        nonlocal mismatches, damaged
+        nonlocal mismatches
         oldest = in_flight.popleft()
         oldest.done.synchronize()
         found = oldest.wrong(reader) if isinstance(oldest, Load) else []
         mismatches += len(found)
-        damaged += sum(page["reason"] is not None for page in found)
         wrong.extend(found[: MOST_TOLD - len(wrong)])
 
     begin, base = time.monotonic(), None
@@ -196,7 +195,8 @@ def soak(minutes: float, bound: str, coding: str, step=lambda text: None, seed: 
     after, fragments = memory(sides), arena.memory()["fragmentation"]
     return {
         "seconds": time.monotonic() - begin, "calls": dict(calls), "pages_stored": stored, "pages_loaded": loaded,
-        "mismatches": mismatches, "damaged": damaged, "wrong": wrong,
+        "mismatches": mismatches, "wrong": wrong,
+        "damaged": sum(pipeline.stats.failed_pages for pipeline, _ in sides),
         "growth_bytes": {name: after[name] - base[name] for name in after},
         "fragmentation": {"largest": max(*fragmentation, fragments), "last": fragments},
     }  # fmt: skip
