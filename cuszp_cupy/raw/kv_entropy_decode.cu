@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
                 decoder.x = first[0] | (u32)first[1] << 16;
             }
             if (decoder.x < LOWEST_STATE || decoder.x >> 31) bad |= BAD_STREAMS;
-            if (__any_sync(FULL, bad)) break;
+            bad = __reduce_or_sync(FULL, bad);
+            if (bad) break;
 
             for (u32 turn = 0; turn < s.turns; turn++) {
                 const u32 in_stream = turn * s.lanes + lane, group = s.first + in_stream;
@@ -286,7 +287,6 @@ __global__ void __launch_bounds__(ENTROPY_THREADS, 8) kv_entropy_decode(
             if (decoder.position != 2 * start) bad |= BAD_STREAMS;
             bad = __reduce_or_sync(FULL, bad);   // lanes that found nothing must not go on to the next stream alone
         }
-        bad = __reduce_or_sync(FULL, bad);
         if (lane == 0) shared_bad[warp] = bad;
         __syncthreads();
         if (tid == 0) {
