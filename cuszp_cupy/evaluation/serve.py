@@ -1,7 +1,7 @@
 """Real vLLM, offline: requests whose KV comes back from CPU memory, uncompressed and by way of ``vllm_patch``.
 
 Two or more sets of prompts evict each other from a GPU cache too small for all; from the second round on, each
-prompt's KV is restored. Every variant runs in a process of its own, all with the same prompts:
+prompt's KV is restored. The first restored round of each range of lengths is not timed. Every variant runs in a process of its own, all with the same prompts:
 ``recompute`` (no offloading, one round), ``raw`` (vLLM's own) and one a bound, which may name a coding and a
 transport as well: ``rms:0.05 entropy fused``. Computing a prompt again takes the GPU about as long whatever is in
 flight: ``recompute`` measures the pass with the most in flight alone.
@@ -478,6 +478,8 @@ def main(arguments: str, result: str) -> None:
             measure("first", number, min(at_once[number % len(at_once)], len(some)), case.new_tokens[0])
         every = passes(case, group, variant)
         recorded = most, max(n for _, n in every)  # the one pass that every variant has
+        for some in () if variant == "recompute" else group:  # what restored requests are the first to need
+            _round(llm, params[most], some, recorded[1], "warm-up", 0)
         for new_tokens, in_flight in every:
             for _ in range(1 if variant == "recompute" else case.repeats):
                 for number in range(len(group)):
