@@ -1,10 +1,11 @@
 """Real vLLM, offline: requests whose KV comes back from CPU memory, uncompressed and by way of ``vllm_patch``.
 
 Two or more sets of prompts evict each other from a GPU cache too small for all; from the second round on, each
-prompt's KV is restored. The first restored round of each range of lengths is not timed. Every variant runs in a process of its own, all with the same prompts:
-``recompute`` (no offloading, one round), ``raw`` (vLLM's own) and one a bound, which may name a coding and a
-transport as well: ``rms:0.05 entropy fused``. Computing a prompt again takes the GPU about as long whatever is in
-flight: ``recompute`` measures the pass with the most in flight alone.
+prompt's KV is restored. The first restored round of each range of lengths is not timed. Every variant runs in a
+process of its own, all with the same prompts: ``recompute`` (no offloading, one round), ``raw`` (vLLM's own) and
+one a bound, which may name a coding and a transport as well: ``rms:0.05 entropy fused``. Computing a prompt
+again takes the GPU about as long whatever is in flight: ``recompute`` measures the pass with the most in flight
+alone.
 
 ``python -m cuszp_cupy.evaluation.serve CASE.json RESULT.json`` is what each of those processes runs.
 """
