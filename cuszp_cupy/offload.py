@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -309,6 +310,18 @@ def tensors_of(store_handler, kinds, settings: Settings) -> list[Tensor]:
     return tensors
 
 
+class Taken(NamedTuple):
+    """What a pipeline is to move, row by row: slots, addresses of pages, numbers of the descriptors.
+
+    ``disjoint``: it is known that no pages overlap.
+    """
+
+    slots: np.ndarray
+    pages: np.ndarray
+    index: np.ndarray
+    disjoint: bool = False
+
+
 class Run:
     """Tensors side by side in vLLM's rows, pages of one sort and bound: the slots of one pipeline.
 
@@ -349,22 +362,32 @@ class Run:
         self.state = np.full(self.num_slots, NEVER, np.uint8)
         self._gpu = np.array([tensor.gpu for tensor in tensors])
         self._gpu_bytes = np.array([tensor.gpu_bytes for tensor in tensors])
+        begin, end = np.sort(self._gpu), np.sort(self._gpu + self._gpu_bytes)
+        self._apart = bool((begin[1:] >= end[:-1]).all())  # tensors, on the GPU
         self.pipeline = None
         self.verifier = None
 
-    def find(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
-        """Return (slots, which descriptors are whole pages of this run, which touch its slots at all)."""
-        num = len(self.tensors)
+    def turns(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
+        """Return ``Taken``, all descriptors, where they are whole pages, no two the same, of the same blocks of
+        each tensor in turn, as those of vLLM's calls are; else None. The first tensor's tell of all.
+        """
         if not self._layer_by_layer(cpu, gpu, sizes):
-            return self._find(cpu, gpu, sizes)
-        slots, whole, touch = self._find(*(array[: len(cpu) // num] for array in (cpu, gpu, sizes)))
-        slots = slots + self.row_pages // num * np.arange(num)[:, None]
-        return slots.ravel(), np.tile(whole, num), np.tile(touch, num)
+            return None
+        turn = np.arange(len(self.tensors))[:, None]
+        first = len(cpu) // turn.size
+        slots, whole, _ = self.find(cpu[:first], gpu[:first], sizes[:first])
+        if not whole.all() or not np.diff(np.sort(gpu[:first])).all():
+            return None
+        order = by_row(slots // self.row_pages)
+        slots = slots[order] + self.row_pages // turn.size * turn
+        pages = gpu[order] + (self._gpu - self._gpu[0])[:, None]
+        every = slots.T.ravel(), pages.T.ravel().astype(np.uint64), (order + first * turn).T.ravel()
+        return Taken(*every, disjoint=True)
 
     def _layer_by_layer(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray) -> bool:
-        """Whether descriptors name the same blocks of each tensor in turn: the first tensor's tell of all."""
+        """Whether descriptors name the same blocks of each tensor in turn, in rows that go whole."""
         first, num = self.tensors[0], len(self.tensors)
-        if num == 1 or not len(cpu) or len(cpu) % num:
+        if num == 1 or not len(cpu) or len(cpu) % num or not (self.whole_rows and self._apart):
             return False
         per = len(cpu) // num
         inside = (cpu[:per] - self.base) % self.stride
@@ -376,7 +399,8 @@ class Run:
             and (sizes == self.page_bytes).all()
         )
 
-    def _find(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
+    def find(self, cpu: np.ndarray, gpu: np.ndarray, sizes: np.ndarray):
+        """Return (slots, which descriptors are whole pages of this run, which touch its slots at all)."""
         offset = cpu - self.base
         row = offset // self.stride  # by whole numbers, with remainders from there: much faster than np.divmod
         inside = offset - row * self.stride
@@ -394,23 +418,20 @@ class Run:
         whole = offset // self.page_bytes * self.page_bytes == offset
         return (offset >= 0) & (offset < self._gpu_bytes[tensor]) & whole
 
-    def pieces(self, slots: np.ndarray, index: np.ndarray):
-        """Yield parts of ``index``, the numbers of descriptors: PIECE_PAGES or more, whole rows together."""
-        if index.size <= PIECE_PAGES:
-            yield index
+    def pieces(self, slots: np.ndarray, direction: str):
+        """Yield slices of ``slots``, which lie row by row: PIECE_PAGES or more, whole rows together.
+
+        One, where the pipeline has transfers in that direction to do meanwhile.
+        """
+        if slots.size <= PIECE_PAGES or self.pipeline.busy(direction):
+            yield slice(0, slots.size)
             return
-        rows, turns = slots[index] // self.pages_per_row, len(self.tensors)
-        if rows.size % turns or (rows.reshape(turns, -1) != rows[: rows.size // turns]).any():
-            turns = 1
-        rows = rows[: rows.size // turns]  # layer by layer, those of the first one tell of all
-        order = by_row(rows)
-        rows, index = rows[order], index.reshape(turns, -1)[:, order].T.ravel()
-        starts = turns * np.append(np.flatnonzero(changes(rows)), rows.size)
+        starts = np.append(np.flatnonzero(changes(slots // self.pages_per_row)), slots.size)
         begin, most = 0, PIECE_PAGES
-        while begin < index.size:
+        while begin < slots.size:
             fits = int(np.searchsorted(starts, begin + most, side="right")) - 1
             end = int(max(starts[fits], starts[np.searchsorted(starts, begin) + 1]))
-            yield index[begin:end]
+            yield slice(begin, end)
             begin, most = end, 4 * most
 
     def held(self, slots, whole, touch, why) -> np.ndarray:
@@ -531,25 +552,22 @@ class Worker:
         """Enqueue one call of vLLM: whole pages to the pipelines, the others to vLLM's function."""
         src_ptrs, dst_ptrs, nbytes = (np.asarray(array) for array in (src, dst, sizes))
         gpu, cpu = (src_ptrs, dst_ptrs) if swap.to_cpu else (dst_ptrs, src_ptrs)
-        stream, transfers = self.current_stream(), []
+        stream, transfers, way = self.current_stream(), [], "store" if swap.to_cpu else "load"
         rest, why = np.ones(len(cpu), bool), np.zeros(len(cpu), np.uint8)
         with self.device():
             try:
                 for run in self.runs:
-                    slots, whole, touch = run.find(cpu, gpu, nbytes)
-                    if swap.to_cpu:
-                        mine = self._storable(whole, touch, why)
-                    else:
-                        mine = run.held(slots, whole, touch, why)
-                    for index in run.pieces(slots, np.flatnonzero(mine)) if mine.any() else ():
-                        some, pages = slots[index], gpu[index].astype(np.uint64)  # copies: vLLM reuses its arrays
-                        if (transfer := self._start(swap, run, some, pages, stream)) is None:
+                    taken, left = self._take(swap, run, cpu, gpu, nbytes, why)
+                    for some in run.pieces(taken.slots, way) if taken.slots.size else ():
+                        slots, pages, index = taken.slots[some], taken.pages[some], taken.index[some]
+                        if (transfer := self._start(swap, run, slots, pages, stream, taken.disjoint)) is None:
                             why[index] = REASONS.index("no device memory for arguments")
+                            run.overwrite(slots, np.ones(slots.size, bool))
                             continue
-                        transfers.append((run, transfer, some, pages))
+                        transfers.append((run, transfer, slots, pages))
                         rest[index] = False
-                    if swap.to_cpu and (touch & rest).any():
-                        run.overwrite(slots[touch & rest], whole[touch & rest])
+                    if left:
+                        run.overwrite(*left)
                 if rest.any():
                     self._pass(swap, src, dst, sizes, any_order, nbytes, rest, why)
             finally:  # what was begun goes on, whatever fails
@@ -560,6 +578,20 @@ class Worker:
                     stream.synchronize()
                     (run.verifier.keep if swap.to_cpu else run.verifier.check)(slots, pages)
 
+    def _take(self, swap: Swap, run: Run, cpu, gpu, nbytes, why):
+        """Return what the pipeline takes (a copy: vLLM reuses its arrays), and (slots, which are whole) of what
+        else a store writes to, if anything; note in ``why`` what keeps descriptors from it.
+        """
+        taken = run.turns(cpu, gpu, nbytes)
+        if taken and (self.storing if swap.to_cpu else (run.state[taken.slots] == HELD).all()):
+            return taken, None
+        slots, whole, touch = run.find(cpu, gpu, nbytes)
+        mine = self._storable(whole, touch, why) if swap.to_cpu else run.held(slots, whole, touch, why)
+        index, left = np.flatnonzero(mine), touch & ~mine
+        index = index[by_row(slots[index] // run.pages_per_row)]
+        taken = Taken(slots[index], gpu[index].astype(np.uint64), index)
+        return taken, (slots[left], whole[left]) if swap.to_cpu and left.any() else None
+
     def _storable(self, whole, touch, why) -> np.ndarray:
         """Return which descriptors of a store the pipeline takes; note in ``why`` what keeps the others."""
         why[touch & ~whole] = REASONS.index("no whole page")
@@ -568,7 +600,7 @@ class Worker:
         why[whole] = REASONS.index("uninstalled")
         return np.zeros_like(whole)
 
-    def _start(self, swap: Swap, run: Run, slots, pages, stream):
+    def _start(self, swap: Swap, run: Run, slots, pages, stream, disjoint: bool):
         if swap.to_cpu:
             run.state[slots] = HELD  # even if this fails: what vLLM had stored there may be overwritten in part
             try:
@@ -577,7 +609,7 @@ class Worker:
                 return None
         urgent = swap.urgent and self.settings.transport in ("auto", "staged")
         transport = "fused" if urgent else None  # has streams of its own, behind no bulk of loads
-        transfer = run.pipeline.load(slots, pages, stream, transport=transport, join=False)
+        transfer = run.pipeline.load(slots, pages, stream, transport=transport, join=False, disjoint=disjoint)
         self._loads.append((run, transfer))
         return transfer
 

@@ -36,6 +36,7 @@ class FakePipeline:
         self.num_slots, self.transport, self.host, self.ring_bytes = num_slots, transport, host, ring_bytes
         self.pages, self.calls, self.damaged, self.stats = {}, [], {}, Counters()
         self.no_memory = self.closed = False
+        self.at_work = ()  # directions
 
     def _home(self, slot: int) -> int:
         row, j = divmod(slot, self.host.pages_per_row)
@@ -56,7 +57,11 @@ class FakePipeline:
             ctypes.memset(self._home(slot), POISON, self.geometry.nbytes)
         return self._count("store", slots, pages)
 
-    def load(self, slots, pages, stream=None, *, transport=None, join=True):
+    def busy(self, direction):
+        return direction in self.at_work
+
+    def load(self, slots, pages, stream=None, *, transport=None, join=True, disjoint=False):
+        assert not disjoint or (np.diff(np.sort(pages)) >= self.geometry.nbytes).all()
         self.calls.append(("load", slots.tolist(), transport, stream))
         for page, slot in zip(pages.tolist(), slots.tolist(), strict=True):
             if slot not in self.pages:

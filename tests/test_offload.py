@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import time
+import types
 
 import hypothesis.strategies as st
 import numpy as np
@@ -193,9 +194,11 @@ def test_a_long_call_goes_in_pieces_of_whole_rows(monkeypatch, pages):
     for slots in calls:
         assert len({slot // 8 for slot in slots}) * 8 == len(slots), "whole rows"
     server.gpu[:] = 0
+    run.pipeline.at_work = ("load",)
     server.load(cpu, gpu, sizes)
     np.testing.assert_array_equal(server.gpu[:, :10], before[:, :10])
     assert not server.by_vllm
+    assert len(run.pipeline.calls) == len(calls) + 1, "in one, where the GPU has others to do meanwhile"
 
 
 @st.composite
@@ -229,18 +232,49 @@ def test_one_layer_tells_of_all_and_pieces_are_whole_rows(case, tile_pages, piec
     runs, _ = plan(tensors, 4 * tile_pages * PAGE)
     assume(runs)
     run = runs[0]
+    run.pipeline = types.SimpleNamespace(busy=lambda direction: False)
     slots, whole, touch = run.find(cpu, gpu, sizes)
-    plain_slots, *plain = run._find(cpu, gpu, sizes)
-    np.testing.assert_array_equal((whole, touch), plain)
-    np.testing.assert_array_equal(slots[touch], plain_slots[touch])
-    mine = np.flatnonzero(whole)
+    turns = run.turns(cpu, gpu, sizes)
+    worker = Worker([run], Settings(), current_stream=None)
+    taken, left = worker._take(Swap(None, True), run, cpu, gpu, sizes, np.zeros(cpu.size, np.uint8))
+    assert taken.disjoint == (turns is not None)
+    assert sorted(taken.index) == np.flatnonzero(whole).tolist()
+    np.testing.assert_array_equal(taken.slots, slots[taken.index])
+    np.testing.assert_array_equal(taken.pages, gpu[taken.index])
+    if taken.disjoint:
+        assert whole.all() and np.diff(np.sort(gpu)).min(initial=PAGE) >= PAGE
+    others = touch & ~whole
+    assert (left is None) == (not others.any())
+    if left:
+        np.testing.assert_array_equal(left, (slots[others], whole[others]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offload, "PIECE_PAGES", piece_pages)
-        pieces = list(run.pieces(slots, mine))
-    assert sorted(np.concatenate(pieces)) == mine.tolist()
-    rows = [set((slots[piece] // run.pages_per_row).tolist()) for piece in pieces]
+        pieces = list(run.pieces(taken.slots, "load"))
+    assert np.concatenate([np.arange(cpu.size)[piece] for piece in pieces]).tolist() == list(range(whole.sum()))
+    rows = [set((taken.slots[piece] // run.pages_per_row).tolist()) for piece in pieces]
     assert sum(map(len, rows)) == len(set().union(*rows)), "a row in two pieces"
-    assert all(piece.size for piece in pieces) or not mine.size
+    assert all(row for row in rows) or not whole.any()
+
+
+def test_calls_as_vllm_makes_them_are_looked_at_by_the_first_layer(monkeypatch):
+    """But not where a block comes twice, or an address is another's."""
+    server = Server(layers=4, blocks_per_chunk=2)
+    (run,) = server.runs
+    gpu, cpu, sizes = server.pages(range(4), range(6), server.chunks([5, 0, 3]))
+    assert run.turns(cpu, gpu, sizes).disjoint
+    for array, at in ((gpu, 17), (cpu, 23), (sizes, 3)):
+        array[at] += PAGE
+        assert run.turns(cpu, gpu, sizes) is None
+        array[at] -= PAGE
+    assert run.turns(cpu, gpu, sizes).disjoint
+    gpu, cpu, sizes = server.pages(range(4), [1, 2, 3, 1], server.chunks([5, 0]))
+    assert run.turns(cpu, gpu, sizes) is None, "a block twice"
+    overlapping = Server(layers=4, blocks_per_chunk=1)
+    overlapping.tensors[1].gpu = overlapping.tensors[0].gpu + PAGE
+    (run,), _ = plan(overlapping.tensors, 1 << 20)
+    gpu, cpu, sizes = overlapping.pages(range(4), [1, 2], overlapping.chunks([5, 0]))
+    gpu[2:4] = gpu[:2] + PAGE
+    assert run.turns(cpu, gpu, sizes) is None and run.find(cpu, gpu, sizes)[1].all()
 
 
 def test_tensors_of_one_sort_side_by_side_share_a_pipeline():
