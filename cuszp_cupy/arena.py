@@ -303,19 +303,6 @@ def runs(dst: np.ndarray, src: np.ndarray, width: np.ndarray, bounds=()) -> np.n
     return np.concatenate([[0], np.flatnonzero(~(link & same)) + 1, [dst.size]])
 
 
-def stretches(bounds: list[int], width: np.ndarray, most: int) -> list[int]:
-    """Return where stretches of copies begin, ``bounds`` and the end among them: ``most`` bytes each, or a copy.
-
-    >>> stretches([0, 3, 6], np.array([8, 8, 8, 8, 30, 8]), 16)
-    [0, 2, 3, 5, 6]
-    """
-    begins = np.cumsum(width) - width
-    share = (begins - np.repeat(begins[bounds[:-1]], np.diff(bounds))) // most
-    first = changes(share)
-    first[bounds[:-1]] = True
-    return [*np.flatnonzero(first).tolist(), width.size]
-
-
 def parts(edges: np.ndarray, bounds: list[int]) -> list[np.ndarray]:
     """Return the edges (of ``runs``) from each of ``bounds``, which are among them, to the next.
 

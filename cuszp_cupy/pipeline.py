@@ -21,7 +21,7 @@ import threading
 import numpy as np
 
 from . import auto, library_swap
-from .arena import Arena, Predictor, orders, parts, runs, spans, stretches, tiles
+from .arena import Arena, Predictor, orders, parts, runs, spans, tiles
 from .bound import parse_parts
 from .codec import ENGINES, NOT_DECODED, _cupy, _page_pointers, aligned_to, failures, mapped_pointer, pinned
 from .format import ROW_WORDS, Geometry, check_coding
@@ -47,7 +47,6 @@ SCRATCH_BYTES = 98 << 20, 32 << 20, 32 << 20, 32 << 20  # of coding ``entropy``,
 FUSED_THREADS = 8192  # they fill the link, and leave the others' memory traffic alone
 BLOCKS, BLOCK_PAGES = 4, 1 << 15  # calls, and pages of a call, that arguments are preallocated for
 BLOCK_LIMIT = 1 << 28  # bytes of argument blocks; a call waits for one rather than go beyond
-TURN_BYTES = 16 << 20  # that a copy engine is kept for at a time, some 0.3 ms
 LIKELY = 0.9  # of a tile's bytes that a load may fill by the mean length of its payloads
 SPAN_BYTES, BATCH_SPAN_BYTES = 32 << 10, 8 << 10  # shorter copies than these, on average: the kernel reads itself
 _NOT_READY = 600  # cudaErrorNotReady
@@ -191,10 +190,9 @@ class SwapPipeline:
             tile_bytes = sizes[i % 2]
             buffers = [Buffer(address + j * tile_bytes, self._event(), self._event()) for j in range(counts[i])]
             address += counts[i] * tile_bytes
-            turnstile = cupy.cuda.Stream(non_blocking=True, priority=priority)
             self._lanes[name] = Lane(
-                streams, i % 2, buffers, turnstile, [self._event() for _ in range(3)],
-                np.zeros(self.table.num_units, np.int64), self._codec.new_scratch(tile_bytes // self._slot_bytes, SCRATCH_BYTES[i]),
+                streams, i % 2, buffers, self._event(), np.zeros(self.table.num_units, np.int64),
+                self._codec.new_scratch(tile_bytes // self._slot_bytes, SCRATCH_BYTES[i]),
             )  # fmt: skip
 
         cupy.cuda.get_current_stream().synchronize()  # scratch and tables are filled there, and read elsewhere
@@ -485,10 +483,10 @@ class SwapPipeline:
                 self._kv_encode(at, 0, num, aligned, lane.scratch, on_host=True)
                 raw_copy.publish(at["rows"], at["slots"], self._table_ptr, num)
             return
-        pieces = hosts, works, widths
+        to_host, edges = runtime.memcpyDeviceToHost, self._runs(hosts, works, widths, bounds)
         with lane.codec:
-            tiles_of = zip(buffers, bounds[:-1], bounds[1:], self._turns(pieces, bounds), strict=True)
-            for buffer, lo, hi, turns in tiles_of:
+            tiles_of = zip(buffers, bounds[:-1], bounds[1:], parts(edges, bounds), strict=True)
+            for buffer, lo, hi, mine in tiles_of:
                 page, end = int(first[lo]), int(first[hi])
                 runtime.streamWaitEvent(lane.codec.ptr, buffer.free.ptr)
                 with Stage(transfer, "store encode", lane.codec):
@@ -501,7 +499,7 @@ class SwapPipeline:
                     )  # fmt: skip
                 runtime.streamWaitEvent(lane.copy.ptr, buffer.ready.ptr)
                 with Stage(transfer, "store copy", lane.copy):
-                    self._copy(pieces, turns, runtime.memcpyDeviceToHost, lane)
+                    raw_copy.copies(hosts, works, widths, mine, to_host, lane.copy.ptr)
                 runtime.eventRecord(buffer.free.ptr, lane.copy.ptr)
 
     def _copy_out(self, transfer, lane, pointers, hosts) -> None:
@@ -512,7 +510,7 @@ class SwapPipeline:
             return
         pieces = hosts, pointers.astype(np.int64), np.full(len(hosts), self.page_bytes)
         with Stage(transfer, "store copy", lane.copy):
-            self._copy(pieces, *self._turns(pieces, [0, len(hosts)]), self._runtime.memcpyDeviceToHost, lane)
+            raw_copy.copies(*pieces, self._runs(*pieces), self._runtime.memcpyDeviceToHost, lane.copy.ptr)
 
     def _finish_store(self, transfer) -> tuple[int, int]:
         """Learn where a finished store's pages lie; return payload and link bytes."""
@@ -577,11 +575,11 @@ class SwapPipeline:
         if coded:
             block.upload("slots", "rows", lane.codec)
         with lane.codec:
-            for buffer, page, end, turns in plan:
+            for buffer, page, end, edges in plan:
                 if buffer:
                     runtime.streamWaitEvent(lane.copy.ptr, buffer.free.ptr)
                     with Stage(transfer, "load copy", lane.copy):
-                        self._copy(copies, turns, runtime.memcpyHostToDevice, lane)
+                        raw_copy.copies(*copies, edges, runtime.memcpyHostToDevice, lane.copy.ptr)
                     runtime.eventRecord(buffer.ready.ptr, lane.copy.ptr)
                     runtime.streamWaitEvent(lane.codec.ptr, buffer.ready.ptr)
                 with Stage(transfer, "load decode", lane.codec):
@@ -605,7 +603,7 @@ class SwapPipeline:
                 np.full(num_copied, self.page_bytes),
             )
             with Stage(transfer, "load copy", lane.copy):
-                self._copy(pieces, *self._turns(pieces, [0, num_copied]), runtime.memcpyHostToDevice, lane)
+                raw_copy.copies(*pieces, self._runs(*pieces), runtime.memcpyHostToDevice, lane.copy.ptr)
 
     def _spans(self, starts, lengths, units):
         """Do as ``arena.spans``; in rows with as many pages a tile as should fit, else with as many as fit raw.
@@ -625,7 +623,7 @@ class SwapPipeline:
         return None
 
     def _plan_tiles(self, transfer, lane, starts, lengths, found) -> tuple[tuple, list[tuple]]:
-        """Plan the tiles of known pages: the copies, and (ring buffer, pages, ``_turns``) of each tile.
+        """Plan the tiles of known pages: the copies, and (ring buffer, pages, edges of its copies) of each tile.
 
         The buffer is None where so little would go at once that the kernel had better read the host itself.
         """
@@ -633,13 +631,12 @@ class SwapPipeline:
         widths, plan, pages = span_ends - span_starts, [], np.append(first_page, starts.size)
         transfer._in_ring = starts + np.repeat(position - span_starts, np.diff(pages))
         bounds = first_span.tolist()
-        turns = self._turns((position, span_starts, widths), bounds)
+        edges = self._runs(position, span_starts, widths, bounds)
         shortest = BATCH_SPAN_BYTES if raw_copy.has_batch() else SPAN_BYTES
         num_bytes = np.add.reduceat(widths, first_span[:-1]).tolist()
-        for lo, hi, mine, copied in zip(bounds[:-1], bounds[1:], turns, num_bytes, strict=True):
+        for lo, hi, mine, copied in zip(bounds[:-1], bounds[1:], parts(edges, bounds), num_bytes, strict=True):
             page, end = int(pages[lo]), int(pages[hi])
-            num_copies = sum(len(edges) - 1 for edges in mine)
-            if copied < num_copies * shortest and num_copies > 1:
+            if copied < (len(mine) - 1) * shortest and len(mine) > 2:
                 plan.append((None, page, end, None))
                 transfer._link_bytes += int(lengths[page:end].sum())
                 continue
@@ -677,27 +674,6 @@ class SwapPipeline:
             aligned=aligned, scratch=scratch, on_host=on_host,
             blocks=self.fused_blocks, device_blocks=self.burst_blocks,
         )  # fmt: skip
-
-    # --- copies -------------------------------------------------------------------------------------------
-    def _turns(self, pieces, bounds: list[int]) -> list[list[np.ndarray]]:
-        """Return, of each tile, the edges of the runs of each turn: of copies that go without a pause."""
-        first = stretches(bounds, pieces[2], TURN_BYTES)
-        turns = parts(self._runs(*pieces, first), first)
-        at = np.searchsorted(first, bounds).tolist()
-        return [turns[begin:end] for begin, end in zip(at[:-1], at[1:], strict=True)]
-
-    def _copy(self, pieces, turns, kind: int, lane) -> None:
-        """Enqueue the copies of a tile. Before each turn the stream waits for an event that comes right after the
-        turn before: a copy engine goes on with a stream as long as there is something to do, and small copies of
-        others, such as a model's arguments, would get none of it until all is through.
-        """
-        runtime, stream, other = self._runtime, lane.copy.ptr, lane.turnstile.ptr
-        for edges in turns:
-            runtime.eventRecord(lane.copied.ptr, stream)
-            runtime.streamWaitEvent(other, lane.copied.ptr)
-            runtime.eventRecord(lane.turn.ptr, other)
-            runtime.streamWaitEvent(stream, lane.turn.ptr)
-            raw_copy.copies(*pieces, edges, kind, stream)
 
     def _runs(self, dst, src, width, bounds=()) -> np.ndarray:
         """Return the edges of runs of copies that may go as one."""

@@ -177,11 +177,10 @@ class Buffer:
 class Lane:
     """The streams of one kind of transfer, which finish in the order of the calls."""
 
-    def __init__(self, streams, loads: int, buffers, turnstile, events, last, scratch):
+    def __init__(self, streams, loads: int, buffers, join, last, scratch):
         self.streams = streams  # done events are recorded on the last
         self.codec, self.copy = streams[-1 if loads else 0], streams[0 if loads else -1]
-        self.buffers, self.scratch = buffers, scratch
-        self.turnstile, (self.join, self.copied, self.turn) = turnstile, events
+        self.buffers, self.join, self.scratch = buffers, join, scratch
         self.last = last  # number of the last transfer on each slot (arena) or row
         self.newest = self._next = 0  # number of the last transfer
 
