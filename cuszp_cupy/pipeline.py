@@ -7,7 +7,8 @@ Transports:
 - ``fused``: the kernels write to and read from host memory themselves, with few thread blocks. For batches
   that are small or urgent (it has streams of its own).
 - ``raw``: pages are copied as they are.
-- ``auto``: the fastest of these by what ``calibrate`` measured on this machine; ``explain`` tells.
+- ``auto``: the fastest of these by what ``calibrate`` measured on this machine, ``staged`` in preference to a
+  ``fused`` that is hardly faster; ``explain`` tells.
 
 A *slot* is a page's place in the table; slots are numbered from 0. Host memory is the pipeline's own pinned
 arena, or rows of the caller's (``HostRows``).
@@ -269,8 +270,7 @@ class SwapPipeline:
         Args:
             slots: slot numbers; stored before, finished or not. A slot may be named more than once.
             pages, stream, transport, join: as in ``store``; pages are written after all that ``stream``
-                holds now (what is staged for them may be on its way before). Slots stored raw are copied and the
-                others decoded, whatever the transport.
+                holds now. Slots stored raw are copied and the others decoded, whatever the transport.
             disjoint: the caller knows that no two pages overlap: that is not looked at, which saves a sort.
 
         Damaged pages are found by the GPU: ``Transfer.wait`` raises, ``Transfer.failed`` names them.
@@ -308,10 +308,8 @@ class SwapPipeline:
             # in the arena, only those that read the table on the device are in the way of later stores
             marks = units if self.table.rows else slots[counts[0] : counts[0] + counts[1]]
             waits = self._conflicts([self._lanes["store"], self._lanes["fused store"]], units)
-            # what reads the host only, into the ring, goes ahead of what the caller's stream still holds
-            ahead = lane.copy if lane.buffers and not counts[2] else None
             try:
-                self._begin(transfer, lane, waits, marks, ahead)
+                self._begin(transfer, lane, waits, marks)
                 self._decode(transfer, lane, pointers, units)
                 self._end(transfer, lane, caller if join else None)
             except BaseException as error:
@@ -693,17 +691,15 @@ class SwapPipeline:
         self._runtime.eventRecord(transfer._ready.ptr, caller)
         return transfer
 
-    def _begin(self, transfer, lane, waits, marks, ahead=None) -> None:
-        """Number the transfer and make its streams wait: for the transfers ``waits``, and, all but the stream
-        ``ahead``, for the caller's.
-        """
-        runtime, before = self._runtime, [self._in_flight[number].done for number in waits]
+    def _begin(self, transfer, lane, waits, marks) -> None:
+        """Number the transfer and make its streams wait for the caller's and for the transfers ``waits``."""
+        runtime, events = self._runtime, [transfer._ready, *(self._in_flight[number].done for number in waits)]
         self._number += 1
         transfer._number = lane.newest = self._number
         self._in_flight[self._number] = transfer
         lane.last[index(marks)] = self._number
         for stream in lane.streams:
-            for event in before if stream is ahead else (transfer._ready, *before):
+            for event in events:
                 runtime.streamWaitEvent(stream.ptr, event.ptr)
         runtime.eventRecord(transfer._start.ptr, lane.streams[0].ptr)
 

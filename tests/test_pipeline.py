@@ -239,32 +239,6 @@ def test_order_on_the_callers_stream(host, transport):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("transport", ["staged", "raw"])
-def test_loads_are_staged_ahead_of_what_the_callers_stream_holds(transport):
-    """What was stored raw goes straight to the pages, and waits."""
-    import cupy
-
-    pages = make_pages(TILE_PAGES)
-    with make_pipeline() as swap, cupy.cuda.Stream(non_blocking=True) as stream:
-        device, out = on_device(pages), empty_pages(TILE_PAGES)
-        warm_up(swap)
-        swap.store(device, range(TILE_PAGES), transport=transport).wait()
-        copied, seen = cupy.cuda.Event(), cupy.cuda.Stream(non_blocking=True)
-        with held(stream):
-            load = swap.load(range(TILE_PAGES), out)
-            copied.record(swap._lanes["load"].copy)
-            deadline = time.monotonic() + (5 if transport == "staged" else 0.2)
-            while not copied.done and time.monotonic() < deadline:
-                time.sleep(0.001)
-            assert copied.done == (transport == "staged") and not load.query()
-            with seen:
-                there = out.view(cupy.uint16).get()
-        load.wait()
-        assert not there.any(), "nothing was written to the pages while the stream was held"
-        assert_same_bits(out.get(), pages if transport == "raw" else through_reference(pages))
-
-
-@pytest.mark.gpu
 def test_load_before_the_store_is_done_and_explicit_waits():
     import cupy
 
