@@ -8,6 +8,9 @@ bfloat16 attention KV goes to vLLM's own copy function, untouched, and is counte
 - ``configure`` or ``CUSZP_*`` variables set it up, before the engine starts.
 - Pages lie in vLLM's own pinned CPU cache, each chunk's packed from its start. The link carries fewer bytes;
   the cache holds no more pages than before.
+- A stream's work reaches the GPU through one of 8 queues, where it holds up what other streams put behind it:
+  with a dozen restores in flight, the model's kernels would wait for nearly all of them. Importing sets
+  ``CUDA_DEVICE_MAX_CONNECTIONS=32``, the most there are, if you have not set it.
 - A page that comes back damaged stops the engine: its scheduler cannot be told to forget a chunk, so a
   recomputed request would meet the same page again.
 
@@ -38,6 +41,7 @@ __all__ = ["configure", "install", "stats", "uninstall"]
 
 SWITCH = "CUSZP_VLLM"
 PLUGIN = "cuszp_cupy"
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"  # CUDA reads it when a process starts to use the GPU
 FIRST, LAST = (0, 26), (0, 33)  # versions of vLLM that the patch knows
 
 _log = logging.getLogger("vllm.cuszp_cupy")  # below "vllm", so that vLLM's handlers show it
@@ -150,6 +154,7 @@ def _dotted(version) -> str:
 # --- install ----------------------------------------------------------------------------------------------
 _installed: str | None = None  # the version of vLLM
 _restore: list[tuple[object, str, object]] = []  # owner, name, original
+_variables: dict[str, str] = {}  # that are set while it is installed
 _workers: list[offload.Worker] = []
 
 
@@ -172,7 +177,8 @@ def install() -> None:
         if name in sys.modules:
             _PATCHES[name](sys.modules[name])
     sys.meta_path.insert(0, _finder)
-    os.environ[SWITCH] = "1"
+    _variables.update({SWITCH: "1"} | ({} if CONNECTIONS in os.environ else {CONNECTIONS: "32"}))
+    os.environ.update(_variables)
     _installed = version
 
 
@@ -196,7 +202,8 @@ def uninstall() -> None:
         setattr(owner, name, original)
     for worker in _workers:
         worker.storing = False
-    os.environ.pop(SWITCH, None)
+    while _variables:
+        os.environ.pop(_variables.popitem()[0], None)
     _installed = None
 
 

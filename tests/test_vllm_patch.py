@@ -42,6 +42,7 @@ def version(request) -> str:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.setenv("CUSZP_VLLM", "0")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     for variable in offload.VARIABLES.values():
         monkeypatch.setenv(variable, "")
@@ -163,12 +164,20 @@ class Refuse:
         if name.partition(".")[0] in ("vllm", "torch", "cupy") and name != "vllm":
             raise AssertionError(f"{name} was imported")
 sys.meta_path.insert(0, Refuse())
-import os, vllm_patch
+import os
+os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+import vllm_patch
 vllm_patch.install()
 assert os.environ["CUSZP_VLLM"] == "1" and vllm_patch.stats() == []
+assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
 assert not [name for name in sys.modules if name.partition(".")[0] in ("vllm", "torch", "cupy")]
 vllm_patch.uninstall()
-assert "CUSZP_VLLM" not in os.environ
+assert "CUSZP_VLLM" not in os.environ and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "4"  # the user's own
+vllm_patch.install()
+assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "4" and os.environ["CUSZP_VLLM"] == "1"
+vllm_patch.uninstall()
+assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "4" and "CUSZP_VLLM" not in os.environ
 """
 
 
