@@ -263,7 +263,14 @@ class SwapPipeline:
         return transfer
 
     def load(
-        self, slots, pages, stream=None, *, transport: str | None = None, join: bool = True, disjoint=False
+        self,
+        slots,
+        pages,
+        stream=None,
+        *,
+        transport: str | None = None,
+        join: bool = True,
+        disjoint: bool = False,
     ) -> Transfer:
         """Enqueue the way of ``slots`` back into ``pages``; return a handle at once.
 

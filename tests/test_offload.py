@@ -256,7 +256,7 @@ def test_one_layer_tells_of_all_and_pieces_are_whole_rows(case, tile_pages, piec
     assert all(row for row in rows) or not whole.any()
 
 
-def test_calls_as_vllm_makes_them_are_looked_at_by_the_first_layer(monkeypatch):
+def test_calls_as_vllm_makes_them_are_looked_at_by_the_first_layer():
     """But not where a block comes twice, or an address is another's."""
     server = Server(layers=4, blocks_per_chunk=2)
     (run,) = server.runs
