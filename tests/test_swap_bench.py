@@ -284,7 +284,9 @@ def test_quick_on_a_gpu_verifies_and_times(tmp_path, capsys):
         for way in swap.DIRECTIONS:
             staged = by[slots, way, "staged"]
             assert staged["ratio"] > 2 and 0 < staged["share"] < 1.1 and staged["overlap"] > 0
-            assert staged["link_gbps"] < 1.1 * by["arena", way, swap.LARGE]["gbps"]
+            # with both at once a raw copy may be slower than the link: at most what each direction carries alone
+            ways = ("D2H", "H2D") if way == "both" else (way,)
+            assert staged["link_gbps"] < 1.1 * sum(by["arena", one, swap.LARGE]["gbps"] for one in ways)
     assert by["arena", "D2H", "staged"]["host_bytes"] < swap.BATCH_BYTES / 2
     if speed.find_library([]):
         for way in ("D2H", "H2D"):
